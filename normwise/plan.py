@@ -1,0 +1,177 @@
+"""Pattern x shape: which view of the tensor the four steps work on, and what its columns are. Integers only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from itertools import groupby
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from normwise.errors import ShapeError, caret
+from normwise.pattern import ELLIPSIS, Axis, Pattern
+
+Sizes: TypeAlias = tuple[tuple[str, int], ...]
+Over: TypeAlias = tuple[tuple[str, ...], ...]
+
+
+class Plan(NamedTuple):
+    """How one shape is seen by one pattern.
+
+    The matrix X' of the four steps is never formed: it is the `view` of the tensor in which every axis of the pattern
+    is a dimension of its own; `reduced` are the dimensions that run down a column, the others number the columns.
+
+    >>> from normwise.pattern import parse
+    >>> plan = make_plan(parse("n (g [k]) [...]"), (2, 6, 4, 5), (("g", 3),))
+    >>> plan.view, plan.reduced, plan.rows, plan.columns
+    ((2, 3, 2, 4, 5), (2, 3, 4), 40, 6)
+    """
+
+    shape: tuple[int, ...]
+    view: tuple[int, ...]
+    names: tuple[str, ...]  # one for each dimension of the view; those of '...' are all called '...'
+    reduced: tuple[int, ...]
+    parts: tuple[int, ...]  # into how many dimensions of the view each dimension of the shape is split
+
+    @property
+    def rows(self) -> int:
+        """Samples in a column."""
+        return math.prod([self.view[dim] for dim in self.reduced])
+
+    @property
+    def columns(self) -> int:
+        """Things to be normalized."""
+        return math.prod([size for dim, size in enumerate(self.view) if dim not in self.reduced])
+
+    def size(self, name: str) -> int:
+        """The size of a named axis."""
+        return self.view[self.names.index(name)]
+
+
+def make_plan(pattern: Pattern, shape: tuple[int, ...], sizes: Sizes = ()) -> Plan:
+    """See a shape through a pattern; `sizes` are the axis sizes already known.
+
+    Raises:
+        ShapeError: the rank does not fit, a dimension cannot be split, or a size contradicts a known one.
+    """
+    known = dict(sizes)
+    spread = _spread(pattern, shape)
+    view = [size for dim, axes in enumerate(spread) for size in _split(pattern, axes, dim, shape, known)]
+    axes = [axis for axes in spread for axis in axes]
+    reduced = tuple(dim for dim, axis in enumerate(axes) if axis.reduced)
+    return Plan(shape, tuple(view), tuple(axis.name for axis in axes), reduced, tuple(len(axes) for axes in spread))
+
+
+cached_plan = lru_cache(maxsize=4096)(make_plan)
+
+
+def plan_for(pattern: Pattern, shape: torch.Size, sizes: Sizes) -> Plan:
+    """`make_plan`, remembered between eager calls; a compiler traces the plain function."""
+    if torch.compiler.is_compiling():
+        return make_plan(pattern, tuple(shape), sizes)
+    return cached_plan(pattern, tuple(shape), sizes)
+
+
+def place(tensor: Tensor, over: Over, plan: Plan) -> Tensor:
+    """A parameter or a memory, over named axes, shaped to broadcast against the plan's view."""
+    flat = [name for dim in over for name in dim]
+    if not flat:
+        return tensor
+    dims = [plan.names.index(name) for name in flat]
+    order = sorted(range(len(dims)), key=dims.__getitem__)
+    split = tensor.reshape([plan.view[dim] for dim in dims]).permute(order)
+    return split.reshape([size if dim in dims else 1 for dim, size in enumerate(plan.view)])
+
+
+def gather(statistic: Tensor, over: Over, plan: Plan) -> Tensor:
+    """The inverse of `place`, for a statistic of every column: kept axes that are not named are averaged."""
+    flat = [name for dim in over for name in dim]
+    dims = [plan.names.index(name) for name in flat]
+    rest = [dim for dim in range(len(plan.view)) if dim not in dims]
+    if rest:
+        statistic = statistic.mean(rest, keepdim=True)
+    order = sorted(range(len(dims)), key=dims.__getitem__)
+    inverse = [order.index(dim) for dim in range(len(dims))]
+    kept = statistic.reshape([plan.view[dims[dim]] for dim in order])
+    return kept.permute(inverse).reshape(over_shape(over, {name: plan.size(name) for name in flat}))
+
+
+def over_shape(over: Over, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of a parameter or memory over named axes."""
+    return tuple(math.prod([sizes[name] for name in dim]) for dim in over)
+
+
+def memory_word(plan: Plan, strides: Sequence[int]) -> str:
+    """The order of kept (K) and reduced (R) axes as they lie in memory, neighbours of one kind merged.
+
+    A kernel belongs to a word, not to a layer's name. `strides` are those of the tensor with the plan's shape.
+
+    >>> from normwise.pattern import parse
+    >>> memory_word(make_plan(parse("[n] c [...]"), (8, 3, 4, 4)), (48, 16, 4, 1))
+    'RKR'
+    >>> memory_word(make_plan(parse("[n] c [...]"), (8, 3, 4, 4)), (48, 1, 12, 3))  # channels last
+    'RK'
+    """
+    lies = _view_strides(plan, strides)
+    outermost_first = sorted((dim for dim, size in enumerate(plan.view) if size != 1), key=lambda dim: -lies[dim])
+    letters = ["R" if dim in plan.reduced else "K" for dim in outermost_first]
+    return "".join(letter for letter, _ in groupby(letters))
+
+
+def _view_strides(plan: Plan, strides: Sequence[int]) -> list[int]:
+    """Strides of the view: the last axis of a split dimension has the dimension's stride, the others multiples."""
+    lies: list[int] = []
+    for stride, parts in zip(strides, plan.parts, strict=True):
+        sizes = plan.view[len(lies) : len(lies) + parts]
+        lies.extend(stride * math.prod(sizes[part + 1 :]) for part in range(parts))
+    return lies
+
+
+def _spread(pattern: Pattern, shape: tuple[int, ...]) -> list[tuple[Axis, ...]]:
+    """The axes of each dimension of the shape, `...` repeated as often as it stands for a dimension."""
+    spare = len(shape) - len(pattern.dims)
+    if spare < -1 or (spare != 0 and not pattern.open_ended):
+        least = len(pattern.dims) - pattern.open_ended
+        wants = f"{'at least ' if pattern.open_ended else ''}{least} dimension{'s' if least != 1 else ''}"
+        message = f"the pattern names {wants}, the input has {len(shape)}: shape {shape}"
+        raise ShapeError(f"{message}\n{caret(pattern.text, None)}")
+    spread: list[tuple[Axis, ...]] = []
+    for axes in pattern.dims:
+        spread.extend([axes] * (spare + 1 if axes[0].name == ELLIPSIS else 1))
+    return spread
+
+
+def _split(
+    pattern: Pattern, axes: tuple[Axis, ...], dim: int, shape: tuple[int, ...], known: Mapping[str, int]
+) -> list[int]:
+    """The sizes of the axes of one dimension; at most one of them may be unknown."""
+    total = shape[dim]
+    sizes = [known.get(axis.name) for axis in axes]
+    unknown = [axis for axis, size in zip(axes, sizes, strict=True) if size is None]
+    given = math.prod([size for size in sizes if size is not None])
+    if len(axes) == 1 and not unknown and given != total:
+        raise _misfit(
+            pattern, axes[0], f"axis '{axes[0].name}' has size {given}, but dimension {dim} has {total}", shape
+        )
+    if len(unknown) > 1:
+        way_out = f"give the size of one of them, for example {unknown[0].name}={2 if total % 2 == 0 else 1}"
+        raise _misfit(pattern, axes[0], f"dimension {dim} cannot be split into {_group(axes)}: {way_out}", shape)
+    if not unknown and given != total:
+        product = " x ".join(f"{axis.name}={known[axis.name]}" for axis in axes)
+        raise _misfit(pattern, axes[0], f"dimension {dim} has {total}, but {product} makes {given}", shape)
+    if unknown and total % given:
+        knowns = " ".join(f"{axis.name}={known[axis.name]}" for axis in axes if axis.name in known)
+        reason = f"{total} is not a multiple of {given} ({knowns})"
+        raise _misfit(pattern, axes[0], f"dimension {dim} cannot be split into {_group(axes)}: {reason}", shape)
+    return [total // given if size is None else size for size in sizes]
+
+
+def _group(axes: Iterable[Axis]) -> str:
+    return f"({' '.join(axis.name for axis in axes)})"
+
+
+def _misfit(pattern: Pattern, axis: Axis, message: str, shape: tuple[int, ...]) -> ShapeError:
+    return ShapeError(f"{message}: shape {shape}\n{caret(pattern.text, axis.at)}")
