@@ -1,0 +1,110 @@
+"""What a declaration does to a real shape, for a reader and as data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normwise.plan import Over, Plan, make_plan, memory_word, over_shape
+from normwise.spec import NormSpec
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The four steps for one shape. `str()` is for a terminal, `to_dict()` for programs; sizes are in elements."""
+
+    pattern: str
+    shape: tuple[int, ...]
+    dtype: str
+    rows: int
+    columns: int
+    row_axes: tuple[tuple[str, int], ...]
+    column_axes: tuple[tuple[str, int], ...]
+    normalizer: str
+    memory: str | None
+    remembered: dict[str, tuple[int, ...]]
+    recovery: str | None
+    parameters: dict[str, tuple[int, ...]]
+    word: str
+    kernel: str
+    reason: str
+    bytes_moved: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        where = f"each of {self.rows} samples" if self.rows != 1 else "of one sample"
+        lines = [
+            f"'{self.pattern}' on {self.shape}, {self.dtype}",
+            f"1 reshape    X' is {self.rows} x {self.columns}:"
+            f" rows {_axes(self.row_axes)}, columns {_axes(self.column_axes)}",
+            f"2 normalize  {self.normalizer}; {self.columns} columns, {where}",
+            *self._memory_lines(),
+            f"3 recover    {self.recovery or 'nothing'}{_shapes(self.parameters, ';')}",
+            f"4 output     {self.shape}, {self.dtype}, in the input's memory format",
+            f"memory word  {self.word or 'a single element'} (K kept, R normalized over, outermost in memory first)",
+            f"kernel       {self.kernel}: {self.reason}",
+            f"traffic      at least {_megabytes(self.bytes_moved)}: the input read once, the output written once",
+        ]
+        return "\n".join(lines)
+
+    def _memory_lines(self) -> list[str]:
+        if self.memory is None:
+            return ["             remembers nothing: evaluation uses the batch's statistics, as training does"]
+        return [f"             remembers{_shapes(self.remembered, '')}: {self.memory}"]
+
+
+def explain(spec: NormSpec, shape: Sequence[int] | Tensor) -> Explanation:
+    """Explain a declaration on a shape, or on a tensor with its own dtype and strides."""
+    tensor = shape if isinstance(shape, Tensor) else torch.empty(tuple(shape), device="meta", dtype=torch.float32)
+    plan = make_plan(spec.pattern, tuple(tensor.shape), spec.sizes)
+    return Explanation(
+        pattern=spec.text,
+        shape=plan.shape,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        rows=plan.rows,
+        columns=plan.columns,
+        row_axes=_named_sizes(plan, reduced=True),
+        column_axes=_named_sizes(plan, reduced=False),
+        normalizer=spec.normalizer.formula(),
+        memory=None if spec.memory is None else spec.memory.formula(),
+        remembered={} if spec.memory is None else _over(spec.normalizer.remembers, spec.memory_over, plan),
+        recovery=None if spec.recovery is None else spec.recovery.formula(),
+        parameters={} if spec.recovery is None else _over(tuple(spec.recovery.parameters), spec.parameter_over, plan),
+        word=memory_word(plan, tensor.stride()),
+        kernel="reference",
+        reason="plain torch operations, which torch.compile fuses with their neighbours",
+        bytes_moved=2 * math.prod(plan.shape) * tensor.element_size(),
+    )
+
+
+def _over(names: tuple[str, ...], over: Over, plan: Plan) -> dict[str, tuple[int, ...]]:
+    sizes = {name: plan.size(name) for dim in over for name in dim}
+    return {name: over_shape(over, sizes) for name in names}
+
+
+def _named_sizes(plan: Plan, *, reduced: bool) -> tuple[tuple[str, int], ...]:
+    dims = range(len(plan.view))
+    return tuple((plan.names[dim], plan.view[dim]) for dim in dims if (dim in plan.reduced) == reduced)
+
+
+def _axes(axes: tuple[tuple[str, int], ...]) -> str:
+    return " ".join(f"{name}={size}" for name, size in axes) or "(one)"
+
+
+def _shapes(shapes: dict[str, tuple[int, ...]], before: str) -> str:
+    return f"{before} {', '.join(f'{name} {shape}' for name, shape in shapes.items())}" if shapes else ""
+
+
+def _megabytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"

@@ -1,0 +1,1 @@
+"""The backends: how the four steps are computed."""

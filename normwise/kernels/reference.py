@@ -1,0 +1,55 @@
+"""The definition: the four steps in plain torch operations, for every pattern and every device.
+
+Every other kernel is checked against this one, and this one against torch.nn and the formula in float64. Under
+`torch.compile` it is also what runs, so that the compiler can fuse it with its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from normwise.moments import Moments
+from normwise.normalizers import Normalizer
+from normwise.plan import Over, Plan, place
+from normwise.recoveries import Recovery
+
+
+def four_steps(
+    x: Tensor,
+    plan: Plan,
+    normalizer: Normalizer,
+    recovery: Recovery | None = None,
+    parameters: Sequence[Tensor] = (),
+    parameter_over: Over = (),
+    remembered: tuple[Tensor, ...] | None = None,
+    memory_over: Over = (),
+) -> tuple[Tensor, Moments | None]:
+    """Reshape, normalize, recover, output: the layer's result and, if this batch was measured, its moments.
+
+    Args:
+        x: The input, of the plan's shape.
+        plan: The pattern's view of that shape.
+        normalizer: Step 2.
+        recovery: Step 3, or None.
+        parameters: The recovery's parameters, over the axes `parameter_over`.
+        parameter_over: See `parameters`.
+        remembered: Statistics to normalize with, over the axes `memory_over`; None: measure this batch.
+        memory_over: See `remembered`.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    view = x.to(wide).reshape(plan.view)
+    moments = None
+    if x.numel() == 0:
+        normalized = view
+    elif remembered is None:
+        normalized, moments = normalizer.normalize(view, plan.reduced, x.dtype)
+    else:
+        statistics = tuple(place(statistic.to(wide), memory_over, plan) for statistic in remembered)
+        normalized = normalizer.apply(view, statistics, x.dtype)
+    if recovery is not None:
+        placed = (place(parameter.to(wide), parameter_over, plan) for parameter in parameters)
+        normalized = recovery.recover(normalized, *placed)
+    return normalized.to(x.dtype).reshape(plan.shape), moments

@@ -1,0 +1,127 @@
+"""The declaration of a normalization: a frozen value whose repr is the code that makes it again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from normwise.errors import PatternError, ShapeError, TooFewSamplesError
+from normwise.memory import Memory
+from normwise.normalizers import Normalizer
+from normwise.pattern import Pattern, check_known, parse, parse_names
+from normwise.plan import Over, Plan, Sizes
+from normwise.recoveries import Recovery
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """Pattern, normalizer, recovery, memory and the axis sizes known so far.
+
+    Raises:
+        PatternError: the pattern cannot be read; a recovery, a memory or a size names an axis that is not there; a
+            memory names an axis that is normalized over; nothing is normalized over.
+    """
+
+    text: str
+    normalizer: Normalizer
+    recovery: Recovery | None = None
+    memory: Memory | None = None
+    sizes: Sizes = ()
+    pattern: Pattern = field(init=False, repr=False, compare=False)
+    parameter_over: Over = field(init=False, repr=False, compare=False)
+    memory_over: Over = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        pattern = parse(self.text)
+        object.__setattr__(self, "pattern", pattern)
+        object.__setattr__(self, "sizes", tuple(sorted(self.sizes)))
+        object.__setattr__(self, "parameter_over", () if self.recovery is None else parse_names(self.recovery.over))
+        object.__setattr__(self, "memory_over", () if self.memory is None else parse_names(self.memory.over))
+        if not any(axis.reduced for axis in pattern.axes):
+            raise PatternError("nothing is normalized over: put an axis in brackets", self.text)
+        check_known(pattern, _flat(self.parameter_over), type(self.recovery).__name__)
+        check_known(pattern, _flat(self.memory_over), type(self.memory).__name__)
+        check_known(pattern, (name for name, _ in self.sizes), "a size")
+        _check_sizes(self.sizes)
+        for name in _flat(self.memory_over):
+            if pattern.axis(name).reduced:
+                message = (
+                    f"{type(self.memory).__name__} remembers axis '{name}', which is normalized over and so is gone"
+                )
+                raise pattern.error(message, name)
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """The axes whose sizes must not change between calls, because parameters or a memory have them."""
+        return tuple(dict.fromkeys((*_flat(self.parameter_over), *_flat(self.memory_over))))
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Those of `fixed` whose size is not known yet."""
+        known = dict(self.sizes)
+        return tuple(name for name in self.fixed if name not in known)
+
+    def with_sizes(self, sizes: Mapping[str, int]) -> NormSpec:
+        """The same declaration with more sizes known."""
+        return replace(self, sizes=tuple({**dict(self.sizes), **sizes}.items()))
+
+    def sizes_from(self, shapes: Iterable[tuple[Over, Sequence[int]]]) -> dict[str, int]:
+        """The unknown sizes, read from the shapes of parameters or memories over named axes (a checkpoint's).
+
+        Raises:
+            ShapeError: a flat axis such as "(g k)" of which no part is known, or shapes that do not fit.
+        """
+        known = dict(self.sizes)
+        for over, shape in shapes:
+            if len(over) != len(shape):
+                raise ShapeError(f"expected {len(over)} dimensions over {_written(over)}, got shape {tuple(shape)}")
+            for names, size in zip(over, shape, strict=True):
+                known.update(_solve(names, size, known))
+        return {name: known[name] for name in self.unknown if name in known}
+
+
+def check_samples(pattern: Pattern, plan: Plan, *, remembers: bool) -> None:
+    """Refuse to standardize columns of one sample, unless only features are normalized over and nothing is remembered.
+
+    Raises:
+        TooFewSamplesError: naming the pattern, the shape and the ways out.
+    """
+    if plan.rows >= 2 or (pattern.over_features_only and not remembers):
+        return
+    over = ", ".join(axis.name for axis in pattern.axes if axis.reduced)
+    way_out = "use a larger batch, or evaluation mode" if remembers else "use larger groups or maps"
+    raise TooFewSamplesError(
+        f"shape {plan.shape} leaves {plan.rows} sample a column of '{pattern.text}' (over {over}), "
+        f"and one sample has no variance: {way_out}"
+    )
+
+
+def _flat(over: Over) -> tuple[str, ...]:
+    return tuple(name for dim in over for name in dim)
+
+
+def _written(over: Over) -> str:
+    return " ".join(dim[0] if len(dim) == 1 else f"({' '.join(dim)})" for dim in over)
+
+
+def _check_sizes(sizes: Sizes) -> None:
+    for name, size in sizes:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ShapeError(f"the size of axis '{name}' is a whole number from 1 on, not {size!r}")
+
+
+def _solve(names: tuple[str, ...], size: int, known: Mapping[str, int]) -> dict[str, int]:
+    """The one unknown size among the axes of a flat dimension."""
+    unknown = [name for name in names if name not in known]
+    given = math.prod([known[name] for name in names if name in known])
+    if len(unknown) > 1:
+        group = f"({' '.join(names)})"
+        raise ShapeError(
+            f"a checkpoint of {size} cannot be split into {group}: give the size of {unknown[0]} or {unknown[1]}"
+        )
+    if size % given or (not unknown and size != given):
+        raise ShapeError(
+            f"a checkpoint of {size} does not fit {' x '.join(f'{n}={known[n]}' for n in names if n in known)}"
+        )
+    return {unknown[0]: size // given} if unknown else {}
