@@ -1,0 +1,184 @@
+"""torch.nn.functional's normalizations, signature for signature, by normwise's four steps.
+
+Each equals its namesake in torch, with normwise's statistics: right for large means and magnitudes, exactly 0 for a
+constant column. `momentum` is torch's: the weight of the new batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from normwise.errors import ShapeError
+from normwise.kernels.reference import four_steps
+from normwise.memory import Moving, commit
+from normwise.normalizers import RMS, Normalizer, Standardize
+from normwise.pattern import Pattern, parse
+from normwise.plan import Over, Plan, Sizes, gather, plan_for
+from normwise.recoveries import Affine, Recovery, Scale
+from normwise.spec import check_samples
+
+_BATCH, _INSTANCE, _GROUP = parse("[n] c [...]"), parse("n c [...]"), parse("n (g [k]) [...]")
+_TRAILING = tuple(parse(f"... [{' '.join(f'd{dim}' for dim in range(rank))}]") for rank in range(1, 9))
+_CHANNEL: Over = (("c",),)
+_AFFINE, _SCALE = Affine("c"), Scale("c")
+
+
+def batch_norm(
+    input: Tensor,  # noqa: A002 - torch's name
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm`: (n, c, ...), statistics of each channel; updates the running ones in training.
+
+    Raises:
+        ValueError: evaluation without running statistics.
+        TooFewSamplesError: training with one value a channel.
+
+    >>> x = torch.randn(8, 3)
+    >>> batch_norm(x, torch.zeros(3), torch.ones(3), training=True).mean(0).abs().max().item() < 1e-6
+    True
+    """
+    return _with_memory(_BATCH, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def instance_norm(
+    input: Tensor,  # noqa: A002 - torch's name
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.instance_norm`: (n, c, ...), statistics of each channel of each example.
+
+    Raises:
+        ValueError: `use_input_stats=False` without running statistics.
+        TooFewSamplesError: one value a channel and example.
+
+    >>> instance_norm(torch.randn(2, 3, 5)).mean(2).abs().max().item() < 1e-6
+    True
+    """
+    return _with_memory(_INSTANCE, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def layer_norm(
+    input: Tensor,  # noqa: A002 - torch's name
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.layer_norm`: over the last dimensions, which must be `normalized_shape`.
+
+    >>> layer_norm(torch.randn(2, 5), (5,)).mean(1).abs().max().item() < 1e-6
+    True
+    """
+    pattern, over, sizes = _trailing(normalized_shape)
+    plan = plan_for(pattern, input.shape, sizes)
+    return _run(input, plan, Standardize(eps), weight, bias, over)
+
+
+def rms_norm(
+    input: Tensor,  # noqa: A002 - torch's name
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """`torch.nn.functional.rms_norm`: over the last dimensions, which must be `normalized_shape`.
+
+    >>> rms_norm(torch.tensor([[3.0, 4.0]]), (2,))
+    tensor([[0.8485, 1.1314]])
+    """
+    pattern, over, sizes = _trailing(normalized_shape)
+    plan = plan_for(pattern, input.shape, sizes)
+    return _run(input, plan, RMS(eps), weight, None, over)
+
+
+def group_norm(
+    input: Tensor,  # noqa: A002 - torch's name
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.group_norm`: (n, c, ...), over the channels of each group and all positions.
+
+    Raises:
+        ShapeError: the channels cannot be split into so many groups.
+        TooFewSamplesError: one value a group.
+
+    >>> group_norm(torch.randn(2, 6, 4), 3).shape
+    torch.Size([2, 6, 4])
+    """
+    plan = plan_for(_GROUP, input.shape, (("g", num_groups),))
+    if input.numel() > 0:
+        check_samples(_GROUP, plan, remembers=False)
+    return _run(input, plan, Standardize(eps), weight, bias, (("g", "k"),))
+
+
+def _with_memory(
+    pattern: Pattern,
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    measure: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    plan = plan_for(pattern, x.shape, ())
+    normalizer = Standardize(eps)
+    running = None if running_mean is None or running_var is None else (running_mean, running_var)
+    if not measure:
+        if running is None:
+            raise ValueError("normalizing with remembered statistics needs running_mean and running_var")
+        return _run(x, plan, normalizer, weight, bias, _CHANNEL, running)
+    if x.numel() > 0:
+        check_samples(pattern, plan, remembers=True)
+    recovery, parameters = _recovery(weight, bias)
+    output, moments = four_steps(x, plan, normalizer, recovery, parameters, _CHANNEL)
+    if moments is not None and running is not None:
+        memory = Moving("c", update_rate=momentum)
+        statistics = normalizer.statistics(moments, unbiased=True)
+        commit(memory, running, [gather(statistic, _CHANNEL, plan) for statistic in statistics], None)
+    return output
+
+
+def _run(
+    x: Tensor,
+    plan: Plan,
+    normalizer: Normalizer,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    over: Over,
+    running: tuple[Tensor, ...] | None = None,
+) -> Tensor:
+    recovery, parameters = _recovery(weight, bias)
+    return four_steps(x, plan, normalizer, recovery, parameters, over, running, _CHANNEL)[0]
+
+
+def _recovery(weight: Tensor | None, bias: Tensor | None) -> tuple[Recovery | None, list[Tensor]]:
+    if bias is None:
+        return (None, []) if weight is None else (_SCALE, [weight])
+    return _AFFINE, [torch.ones_like(bias) if weight is None else weight, bias]
+
+
+def _trailing(normalized_shape: Sequence[int]) -> tuple[Pattern, Over, Sizes]:
+    rank = len(normalized_shape)
+    if not 1 <= rank <= len(_TRAILING):
+        raise ShapeError(
+            f"normalized_shape has 1 to {len(_TRAILING)} dimensions, not {rank}: {tuple(normalized_shape)}"
+        )
+    names = [f"d{dim}" for dim in range(rank)]
+    return _TRAILING[rank - 1], tuple((name,) for name in names), tuple(zip(names, normalized_shape, strict=True))

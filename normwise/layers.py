@@ -1,0 +1,385 @@
+"""The catalogue: torch's layers, each a declaration of a few lines.
+
+Every layer has torch's constructor order, defaults, attributes and `state_dict` keys, loads torch's checkpoints
+strictly and gives its own back, and is an instance of torch's class, so that what others select by class finds it
+(`swa_utils.update_bn`, FSDP's mixed precision, weight-decay filters, `convert_sync_batchnorm`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from normwise.errors import ShapeError
+from normwise.memory import Average, Memory, Moving
+from normwise.norm import Norm
+from normwise.normalizers import RMS, Standardize
+from normwise.recoveries import Affine, Recovery, Scale
+
+Device = torch.device | str | None
+
+
+class _Named(Norm):
+    """What the named layers share: torch's writable `eps`, and torch's one-line repr with the memory's formula."""
+
+    _shown: ClassVar[tuple[str, ...]]  # the attributes in the repr; those before "eps" stand without their names
+
+    @property
+    def eps(self) -> float | None:
+        """What is added under the root; writable, as in torch's layers."""
+        return cast("Standardize | RMS", self.spec.normalizer).eps
+
+    @eps.setter
+    def eps(self, value: float | None) -> None:
+        normalizer = cast("Standardize", self.spec.normalizer)
+        self.spec = replace(self.spec, normalizer=replace(normalizer, eps=cast("float", value)))
+
+    def extra_repr(self) -> str:
+        """torch's, and the memory's formula."""
+        first = self._shown.index("eps")
+        values = [repr(getattr(self, name)) for name in self._shown[:first]]
+        values += [f"{name}={getattr(self, name)!r}" for name in self._shown[first:]]
+        return ", ".join(values) + self._memory_note()
+
+
+class _Remembering(_Named):
+    """What `BatchNorm` and `InstanceNorm` share: torch's writable `momentum` and `track_running_stats`."""
+
+    _shown = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+
+    num_features: int
+    affine: bool
+    track_running_stats: bool
+
+    @property
+    def momentum(self) -> float | None:
+        """torch's momentum, the weight of the new batch; None: the average of all batches. Writable."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        self._momentum = value
+        if self.spec.memory is not None:
+            self.spec = replace(self.spec, memory=_torch_memory(value))
+
+    def _declare(
+        self,
+        pattern: str,
+        num_features: int,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        device: Device,
+        dtype: torch.dtype | None,
+    ) -> None:
+        memory = _torch_memory(momentum) if track_running_stats else None
+        recovery = Affine("c") if affine else None
+        sizes = {"c": num_features}
+        Norm.__init__(self, pattern, Standardize(eps), recovery, memory, sizes=sizes, device=device, dtype=dtype)
+        self.num_features, self.affine, self.track_running_stats = num_features, affine, track_running_stats
+        self._momentum = momentum
+
+    def _commits(self) -> bool:
+        return self.track_running_stats and super()._commits()
+
+
+class BatchNorm(_Remembering, _BatchNorm):  # type: ignore[misc]  # eps is an attribute in torch, a property here
+    r"""Batch normalization: `[n] c [...]`, for (n, c), (n, c, l), (n, c, h, w), (n, c, d, h, w) alike.
+
+    .. math:: y = \gamma \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} + \beta
+
+    with the mean and biased variance of each channel over the batch and all positions; in evaluation with moving ones:
+    moving = (1 - momentum) * moving + momentum * batch, where the *unbiased* variance enters, as torch has it.
+
+    Args:
+        num_features: Channels, c.
+        eps: Added to the variance.
+        momentum: Weight of the new batch in the moving statistics; None: average of all batches.
+        affine: Whether there are weight and bias, (c,) each.
+        track_running_stats: Whether anything is remembered; if not, evaluation uses the batch's statistics.
+        device: Of parameters and buffers.
+        dtype: Of parameters; buffers are float32 at least.
+
+    Differences from torch: one class for every rank; statistics are exact for large means and magnitudes; a batch with
+    non-finite statistics does not enter the moving ones; an empty batch gives an empty output.
+
+    Raises:
+        TooFewSamplesError: in training, when a channel has one value.
+
+    Source: Ioffe and Szegedy, arXiv:1502.03167.
+
+    >>> norm = BatchNorm(3)
+    >>> norm(torch.randn(8, 3, 4, 4)).mean((0, 2, 3)).abs().max().item() < 1e-6
+    True
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._declare("[n] c [...]", num_features, eps, momentum, affine, track_running_stats, device, dtype)
+
+
+class InstanceNorm(_Remembering, _InstanceNorm):  # type: ignore[misc]  # eps is an attribute in torch, a property here
+    r"""Instance normalization: `n c [...]`, for (n, c, l), (n, c, h, w), (n, c, d, h, w) alike.
+
+    Each channel of each example is standardized by itself, with the biased variance over its positions. With
+    `track_running_stats` the means over the batch of mean and unbiased variance are remembered, as torch has it.
+
+    Args:
+        num_features: Channels, c.
+        eps: Added to the variance.
+        momentum: Weight of the new batch in the moving statistics.
+        affine: Whether there are weight and bias, (c,) each. Off by default, as in torch.
+        track_running_stats: Whether anything is remembered. Off by default, as in torch.
+        device: Of parameters and buffers.
+        dtype: Of parameters; buffers are float32 at least.
+
+    Differences from torch: one class for every rank, always with the batch axis; the memory format is kept.
+
+    Raises:
+        TooFewSamplesError: when a channel of an example has one value.
+
+    Source: Ulyanov, Vedaldi, Lempitsky, arXiv:1607.08022.
+
+    >>> InstanceNorm(3)(torch.randn(2, 3, 5, 5)).shape
+    torch.Size([2, 3, 5, 5])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._declare("n c [...]", num_features, eps, momentum, affine, track_running_stats, device, dtype)
+
+    def _uses_memory(self) -> bool:
+        return self.track_running_stats and super()._uses_memory()
+
+    def _counter(self) -> Tensor | None:
+        # torch's InstanceNorm carries the counter and never moves it: nor do we, as long as nobody needs it
+        return super()._counter() if isinstance(self.spec.memory, Average) else None
+
+
+class LayerNorm(_Named, nn.LayerNorm):  # type: ignore[misc]  # eps is an attribute in torch, a property here
+    r"""Layer normalization: `... [d]`, over the last dimension or dimensions.
+
+    .. math:: y = \gamma \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} + \beta
+
+    with the mean and biased variance of each example (or token) over its features.
+
+    Args:
+        normalized_shape: The last dimensions, an int or a sequence.
+        eps: Added to the variance.
+        elementwise_affine: Whether there are parameters, of `normalized_shape`.
+        bias: Whether the parameters include a bias.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Differences from torch: right to float32's last digits for large means (torch loses 1e-3 at mean 1e4).
+
+    Source: Ba, Kiros, Hinton, arXiv:1607.06450.
+
+    >>> LayerNorm(16)(torch.randn(2, 5, 16)).shape
+    torch.Size([2, 5, 16])
+    """
+
+    _shown = ("normalized_shape", "eps", "elementwise_affine")
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        shape, axes, sizes = _last_axes(normalized_shape)
+        recovery = _affine(axes, elementwise_affine, bias)
+        Norm.__init__(self, f"... [{axes}]", Standardize(eps), recovery, sizes=sizes, device=device, dtype=dtype)
+        self.normalized_shape, self.elementwise_affine = shape, elementwise_affine
+
+
+class RMSNorm(_Named, nn.RMSNorm):
+    r"""Root mean square normalization: `... [d]`, over the last dimension or dimensions.
+
+    .. math:: y = \gamma \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}}
+
+    Args:
+        normalized_shape: The last dimensions, an int or a sequence.
+        eps: Added to the mean square; None: the machine epsilon of the input's dtype.
+        elementwise_affine: Whether there is a weight, of `normalized_shape`.
+        device: Of the weight.
+        dtype: Of the weight.
+
+    Source: Zhang and Sennrich, arXiv:1910.07467.
+
+    >>> RMSNorm(16)(torch.randn(2, 5, 16)).square().mean(-1).allclose(torch.ones(2, 5))
+    True
+    """
+
+    _shown = ("normalized_shape", "eps", "elementwise_affine")
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        shape, axes, sizes = _last_axes(normalized_shape)
+        recovery = _affine(axes, elementwise_affine, bias=False)
+        Norm.__init__(self, f"... [{axes}]", RMS(eps), recovery, sizes=sizes, device=device, dtype=dtype)
+        self.normalized_shape, self.elementwise_affine = shape, elementwise_affine
+
+
+class GroupNorm(_Named, nn.GroupNorm):  # type: ignore[misc]  # eps is an attribute in torch, a property here
+    r"""Group normalization: `n (g [k]) [...]`, over the channels of each group and all positions.
+
+    Args:
+        num_groups: Groups, g.
+        num_channels: Channels, c = g k.
+        eps: Added to the variance.
+        affine: Whether there are weight and bias, (c,) each.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ShapeError: the channels cannot be split into so many groups.
+        TooFewSamplesError: when a group has one value.
+
+    Source: Wu and He, arXiv:1803.08494.
+
+    >>> GroupNorm(2, 6)(torch.randn(4, 6, 5, 5)).shape
+    torch.Size([4, 6, 5, 5])
+    """
+
+    _shown = ("num_groups", "num_channels", "eps", "affine")
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if num_groups < 1 or num_channels % num_groups:
+            raise ShapeError(
+                f"{num_channels} channels cannot be split into {num_groups} groups; "
+                f"group counts that work: {', '.join(str(g) for g in _divisors(num_channels))}"
+            )
+        sizes = {"g": num_groups, "k": num_channels // num_groups}
+        recovery = Affine("(g k)") if affine else None
+        Norm.__init__(self, "n (g [k]) [...]", Standardize(eps), recovery, sizes=sizes, device=device, dtype=dtype)
+        self.num_groups, self.num_channels, self.affine = num_groups, num_channels, affine
+
+
+class LayerNorm2d(_Named, nn.LayerNorm):  # type: ignore[misc]  # eps is an attribute in torch, a property here
+    r"""Layer normalization of channels-first tensors: `n [c] ...`, over the channels at each position.
+
+    The same as moving the channels last, `LayerNorm`, and moving them back, as ConvNeXt does.
+
+    Args:
+        num_channels: Channels, c.
+        eps: Added to the variance.
+        elementwise_affine: Whether there are parameters, (c,).
+        bias: Whether the parameters include a bias.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Source: Ba, Kiros, Hinton, arXiv:1607.06450; over channels: Liu et al., arXiv:2201.03545.
+
+    >>> LayerNorm2d(8)(torch.randn(2, 8, 5, 5)).mean(1).abs().max().item() < 1e-6
+    True
+    """
+
+    _shown = ("normalized_shape", "eps", "elementwise_affine")
+
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        recovery = _affine("c", elementwise_affine, bias)
+        Norm.__init__(
+            self, "n [c] ...", Standardize(eps), recovery, sizes={"c": num_channels}, device=device, dtype=dtype
+        )
+        self.normalized_shape, self.elementwise_affine = (num_channels,), elementwise_affine
+
+
+class RMSNorm2d(_Named, nn.RMSNorm):
+    r"""Root mean square normalization of channels-first tensors: `n [c] ...`, over the channels at each position.
+
+    Args:
+        num_channels: Channels, c.
+        eps: Added to the mean square; None: the machine epsilon of the input's dtype.
+        elementwise_affine: Whether there is a weight, (c,).
+        device: Of the weight.
+        dtype: Of the weight.
+
+    Source: Zhang and Sennrich, arXiv:1910.07467.
+
+    >>> RMSNorm2d(8)(torch.randn(2, 8, 5, 5)).shape
+    torch.Size([2, 8, 5, 5])
+    """
+
+    _shown = ("normalized_shape", "eps", "elementwise_affine")
+
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        recovery = _affine("c", elementwise_affine, bias=False)
+        Norm.__init__(self, "n [c] ...", RMS(eps), recovery, sizes={"c": num_channels}, device=device, dtype=dtype)
+        self.normalized_shape, self.elementwise_affine = (num_channels,), elementwise_affine
+
+
+def _torch_memory(momentum: float | None) -> Memory:
+    return Average("c") if momentum is None else Moving("c", update_rate=momentum)
+
+
+def _affine(axes: str, elementwise_affine: bool, bias: bool) -> Recovery | None:
+    if not elementwise_affine:
+        return None
+    return Affine(axes) if bias else Scale(axes)
+
+
+def _last_axes(normalized_shape: int | Sequence[int]) -> tuple[tuple[int, ...], str, dict[str, int]]:
+    """The shape as a tuple, names for its dimensions, and their sizes."""
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    names = ["d"] if len(shape) == 1 else [f"d{dim}" for dim in range(len(shape))]
+    return shape, " ".join(names), dict(zip(names, shape, strict=True))
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
