@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from normwise.errors import ShapeError
+from normwise.kernels.closed_form import closed_form
 from normwise.kernels.reference import four_steps
 from normwise.memory import Moving, commit
 from normwise.normalizers import RMS, Normalizer, Standardize
@@ -147,7 +148,7 @@ def _with_memory(
     if x.numel() > 0:
         check_samples(pattern, plan, remembers=True)
     recovery, parameters = _recovery(weight, bias)
-    output, moments = four_steps(x, plan, normalizer, recovery, parameters, _CHANNEL)
+    output, moments = four_steps(x, plan, normalizer, recovery, parameters, _CHANNEL, normalize=closed_form)
     if moments is not None and running is not None:
         memory = Moving("c", update_rate=momentum)
         statistics = normalizer.statistics(moments, unbiased=True)
@@ -165,7 +166,7 @@ def _run(
     running: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
     recovery, parameters = _recovery(weight, bias)
-    return four_steps(x, plan, normalizer, recovery, parameters, over, running, _CHANNEL)[0]
+    return four_steps(x, plan, normalizer, recovery, parameters, over, running, _CHANNEL, closed_form)[0]
 
 
 def _recovery(weight: Tensor | None, bias: Tensor | None) -> tuple[Recovery | None, list[Tensor]]:

@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 
 from normwise.errors import NormwiseError, PatternError, ShapeError
 from normwise.explain import Explanation, explain
+from normwise.kernels.closed_form import closed_form
 from normwise.kernels.reference import four_steps
 from normwise.memory import Memory, commit
 from normwise.moments import Moments
@@ -82,8 +83,6 @@ class Norm(nn.Module):
                 raise spec.pattern.error(f"an axis cannot be called '{name}': that is an option of Norm", name)
         self.spec = spec
         self._register(device, dtype)
-        if not spec.unknown:
-            self._materialize({})
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's layers name it so, and callers may too
         """Normalize `input`."""
@@ -105,6 +104,7 @@ class Norm(nn.Module):
             spec.parameter_over,
             remembered,
             spec.memory_over,
+            closed_form,
         )
         if moments is not None and self._commits():
             self._commit(plan, moments)
@@ -177,18 +177,27 @@ class Norm(nn.Module):
         return [getattr(self, name) for name in self._starts()]
 
     def _register(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        """Names for everything, without sizes; what is not declared is there as None, as in torch's layers."""
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        """Names for everything; what is not declared is there as None, as in torch's layers."""
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         for name in dict.fromkeys(("weight", "bias", *self._starts())):
-            parameter = cast("nn.Parameter", UninitializedParameter(**factory)) if name in self._starts() else None
-            self.register_parameter(name, parameter)
+            self.register_parameter(name, self._new_parameter(options) if name in self._starts() else None)
         remembers = self.spec.memory is not None
-        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        options["dtype"] = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         for name in self.spec.normalizer.remembers:
-            buffer = UninitializedBuffer(**{**factory, "dtype": wide}) if remembers else None
-            self.register_buffer(f"running_{name}", buffer)
+            self.register_buffer(f"running_{name}", self._new_buffer(options) if remembers else None)
         counter = torch.zeros((), dtype=torch.long, device=device) if remembers else None
         self.register_buffer("num_batches_tracked", counter)
+        self.reset_parameters()
+
+    def _new_parameter(self, options: dict[str, Any]) -> Any:
+        if self.spec.unknown:
+            return UninitializedParameter(**options)
+        return nn.Parameter(torch.empty(over_shape(self.spec.parameter_over, dict(self.spec.sizes)), **options))
+
+    def _new_buffer(self, options: dict[str, Any]) -> Tensor:
+        if self.spec.unknown:
+            return UninitializedBuffer(**options)
+        return torch.empty(over_shape(self.spec.memory_over, dict(self.spec.sizes)), **options)
 
     def _materialize_for(self, x: Tensor) -> None:
         plan = make_plan(self.spec.pattern, tuple(x.shape), self.spec.sizes)
@@ -205,8 +214,7 @@ class Norm(nn.Module):
             getattr(self, name).materialize(over_shape(self.spec.parameter_over, known))
         if self.spec.memory is not None:
             for buffer in self._remembered():
-                if isinstance(buffer, UninitializedBuffer):
-                    buffer.materialize(over_shape(self.spec.memory_over, known))
+                cast("UninitializedBuffer", buffer).materialize(over_shape(self.spec.memory_over, known))
         self.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Norm:

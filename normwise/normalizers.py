@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from normwise.moments import Centered, Moments, center, magnitude_scale, square_sum
+from normwise.moments import Moments, center, magnitude_scale, square_sum
+from normwise.plan import dim_product
+
+
+class Normalized(NamedTuple):
+    """What a normalizer makes of a batch: values = slope * (x - mean), or slope * x where no mean is subtracted."""
+
+    values: Tensor
+    slope: Tensor  # one number a column
+    moments: Moments  # detached: what a memory may keep
 
 
 class Normalizer(Protocol):
     """What `Norm` asks of a normalizer; any frozen dataclass with these members can be declared."""
 
+    centers: ClassVar[bool]  # whether the mean is subtracted
     remembers: ClassVar[tuple[str, ...]]  # names of the statistics that a memory keeps
     needs_two: ClassVar[bool]  # whether a column of one sample is degenerate
 
-    def normalize(self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Moments]:
-        """Normalize over `dims` with this batch's statistics, and return them. `dtype` is that of the layer's input."""
+    def normalize(self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Normalized:
+        """Normalize over `dims` with this batch's statistics. `dtype` is that of the layer's input."""
         ...
 
     def apply(self, view: Tensor, remembered: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
@@ -45,18 +55,20 @@ class Standardize:
         eps: Added to the variance, in its unit.
     """
 
+    centers: ClassVar[bool] = True
     remembers: ClassVar[tuple[str, ...]] = ("mean", "var")
     needs_two: ClassVar[bool] = True
 
     eps: float = 1e-5
 
-    def normalize(self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Moments]:
+    def normalize(self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Normalized:
         """(x - mean) / sqrt(var + eps) with the mean and biased variance over `dims`."""
         centered = center(view, dims)
-        rows = _rows(view, dims)
-        return centered.values * _inverse_root(centered.square_sum / rows, self.eps, centered.scale), _moments(
-            centered, rows
-        )
+        rows = dim_product(view.shape, dims)
+        inverse = _inverse_root(centered.square_sum / rows, self.eps, centered.scale)
+        m2 = centered.square_sum.detach() / centered.scale / centered.scale
+        moments = Moments(rows, centered.mean.detach(), m2)
+        return Normalized(centered.values * inverse, inverse * centered.scale, moments)
 
     def apply(self, view: Tensor, remembered: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """(x - mean) / sqrt(var + eps) with a remembered mean and variance."""
@@ -82,19 +94,21 @@ class RMS:
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
 
+    centers: ClassVar[bool] = False
     remembers: ClassVar[tuple[str, ...]] = ("mean_square",)
     needs_two: ClassVar[bool] = False
 
     eps: float | None = None
 
-    def normalize(self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Moments]:
+    def normalize(self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Normalized:
         """x / sqrt(mean(x^2) + eps) with the mean square over `dims`, returned as moments about 0."""
         scale = magnitude_scale(view, dims)
         scaled = view * scale
         squares = square_sum(scaled, dims)
-        rows = _rows(view, dims)
+        rows = dim_product(view.shape, dims)
+        inverse = _inverse_root(squares / rows, self._eps(dtype), scale)
         moments = Moments(rows, torch.zeros_like(squares), squares.detach() / scale / scale)
-        return scaled * _inverse_root(squares / rows, self._eps(dtype), scale), moments
+        return Normalized(scaled * inverse, inverse * scale, moments)
 
     def apply(self, view: Tensor, remembered: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """x / sqrt(mean(x^2) + eps) with a remembered mean square."""
@@ -113,17 +127,6 @@ class RMS:
         return torch.finfo(dtype).eps if self.eps is None else self.eps
 
 
-def _rows(view: Tensor, dims: tuple[int, ...]) -> int:
-    rows = 1
-    for dim in dims:
-        rows *= view.shape[dim]
-    return rows
-
-
 def _inverse_root(mean_square: Tensor, eps: float, scale: Tensor) -> Tensor:
     """1 / sqrt(mean_square + eps scale^2): eps keeps its meaning for a scaled column, and 0 stays out of the root."""
     return (mean_square + eps * scale * scale).clamp_min(torch.finfo(mean_square.dtype).tiny).rsqrt()
-
-
-def _moments(centered: Centered, rows: int) -> Moments:
-    return Moments(rows, centered.mean.detach(), centered.square_sum.detach() / centered.scale / centered.scale)

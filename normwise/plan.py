@@ -39,7 +39,7 @@ class Plan(NamedTuple):
     @property
     def rows(self) -> int:
         """Samples in a column."""
-        return math.prod([self.view[dim] for dim in self.reduced])
+        return dim_product(self.view, self.reduced)
 
     @property
     def columns(self) -> int:
@@ -97,6 +97,11 @@ def gather(statistic: Tensor, over: Over, plan: Plan) -> Tensor:
     inverse = [order.index(dim) for dim in range(len(dims))]
     kept = statistic.reshape([plan.view[dims[dim]] for dim in order])
     return kept.permute(inverse).reshape(over_shape(over, {name: plan.size(name) for name in flat}))
+
+
+def dim_product(shape: Sequence[int], dims: Iterable[int]) -> int:
+    """How many elements the given dimensions of a shape span."""
+    return math.prod([shape[dim] for dim in dims])
 
 
 def over_shape(over: Over, sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -83,7 +83,7 @@ def batch_norm(
     if training:
         if matrix.shape[0] < 2:
             raise TooFewSamplesError(f"one sample has no variance: X of shape {tuple(X.shape)} in training")
-        normalized, moments = Standardize(eps).normalize(matrix, (0,), X.dtype)
+        normalized, _, moments = Standardize(eps).normalize(matrix, (0,), X.dtype)
         mean = momentum * mean + (1 - momentum) * moments.mean.reshape(mean.shape)
         var = momentum * var + (1 - momentum) * moments.variance().reshape(var.shape)
     else:
@@ -131,7 +131,7 @@ def layer_norm(X: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:  #
     # Reshape: X' is p x n, or (c h w) x n: each example is a column.
     matrix = X.to(wide).reshape(X.shape[0], math.prod(example)).T
     # Normalize.
-    normalized = Standardize(eps).normalize(matrix, (0,), X.dtype)[0] if X.numel() else matrix
+    normalized = Standardize(eps).normalize(matrix, (0,), X.dtype).values if X.numel() else matrix
     # Recover.
     recovered = _column("gamma", gamma, example) * normalized + _column("beta", beta, example)
     # Output, in X's shape.

@@ -6,15 +6,23 @@ Every other kernel is checked against this one, and this one against torch.nn an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from normwise.moments import Moments
-from normwise.normalizers import Normalizer
+from normwise.normalizers import Normalized, Normalizer
 from normwise.plan import Over, Plan, place
 from normwise.recoveries import Recovery
+
+Normalize: TypeAlias = Callable[[Normalizer, Tensor, tuple[int, ...], torch.dtype], Normalized]
+
+
+def by_definition(normalizer: Normalizer, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Normalized:
+    """Step 2 as the normalizer has it."""
+    return normalizer.normalize(view, dims, dtype)
 
 
 def four_steps(
@@ -26,6 +34,7 @@ def four_steps(
     parameter_over: Over = (),
     remembered: tuple[Tensor, ...] | None = None,
     memory_over: Over = (),
+    normalize: Normalize = by_definition,
 ) -> tuple[Tensor, Moments | None]:
     """Reshape, normalize, recover, output: the layer's result and, if this batch was measured, its moments.
 
@@ -38,6 +47,7 @@ def four_steps(
         parameter_over: See `parameters`.
         remembered: Statistics to normalize with, over the axes `memory_over`; None: measure this batch.
         memory_over: See `remembered`.
+        normalize: How step 2 is computed when this batch is measured.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     view = x.to(wide).reshape(plan.view)
@@ -45,7 +55,7 @@ def four_steps(
     if x.numel() == 0:
         normalized = view
     elif remembered is None:
-        normalized, moments = normalizer.normalize(view, plan.reduced, x.dtype)
+        normalized, _, moments = normalize(normalizer, view, plan.reduced, x.dtype)
     else:
         statistics = tuple(place(statistic.to(wide), memory_over, plan) for statistic in remembered)
         normalized = normalizer.apply(view, statistics, x.dtype)
