@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from normwise.errors import ShapeError
@@ -17,14 +16,14 @@ from normwise.kernels.reference import four_steps
 from normwise.memory import Moving, commit
 from normwise.normalizers import RMS, Normalizer, Standardize
 from normwise.pattern import Pattern, parse
-from normwise.plan import Over, Plan, Sizes, gather, plan_for
-from normwise.recoveries import Affine, Recovery, Scale
-from normwise.spec import check_samples
+from normwise.plan import Over, Plan, Sizes, gather, over_shape, plan_for
+from normwise.recoveries import Affine, Recovery
+from normwise.spec import check_samples, checked_sizes
 
 _BATCH, _INSTANCE, _GROUP = parse("[n] c [...]"), parse("n c [...]"), parse("n (g [k]) [...]")
 _TRAILING = tuple(parse(f"... [{' '.join(f'd{dim}' for dim in range(rank))}]") for rank in range(1, 9))
 _CHANNEL: Over = (("c",),)
-_AFFINE, _SCALE = Affine("c"), Scale("c")
+_AFFINE = Affine("c")  # the axes are given where it is used
 
 
 def batch_norm(
@@ -121,7 +120,7 @@ def group_norm(
     >>> group_norm(torch.randn(2, 6, 4), 3).shape
     torch.Size([2, 6, 4])
     """
-    plan = plan_for(_GROUP, input.shape, (("g", num_groups),))
+    plan = plan_for(_GROUP, input.shape, checked_sizes((("g", num_groups),)))
     if input.numel() > 0:
         check_samples(_GROUP, plan, remembers=False)
     return _run(input, plan, Standardize(eps), weight, bias, (("g", "k"),))
@@ -141,14 +140,16 @@ def _with_memory(
     plan = plan_for(pattern, x.shape, ())
     normalizer = Standardize(eps)
     running = None if running_mean is None or running_var is None else (running_mean, running_var)
+    for name, statistic in {"running_mean": running_mean, "running_var": running_var}.items():
+        if statistic is None and (running_mean is not running_var or not measure):
+            raise ValueError(f"{name} is None: remembered statistics are running_mean and running_var, both")
+        _check_shape(name, statistic, _CHANNEL, plan)
     if not measure:
-        if running is None:
-            raise ValueError("normalizing with remembered statistics needs running_mean and running_var")
         return _run(x, plan, normalizer, weight, bias, _CHANNEL, running)
     if x.numel() > 0:
         check_samples(pattern, plan, remembers=True)
-    recovery, parameters = _recovery(weight, bias)
-    output, moments = four_steps(x, plan, normalizer, recovery, parameters, _CHANNEL, normalize=closed_form)
+    recovery = _recovery(weight, bias, _CHANNEL, plan)
+    output, moments = four_steps(x, plan, normalizer, recovery, [weight, bias], _CHANNEL, normalize=closed_form)
     if moments is not None and running is not None:
         memory = Moving("c", update_rate=momentum)
         statistics = normalizer.statistics(moments, unbiased=True)
@@ -165,14 +166,20 @@ def _run(
     over: Over,
     running: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
-    recovery, parameters = _recovery(weight, bias)
-    return four_steps(x, plan, normalizer, recovery, parameters, over, running, _CHANNEL, closed_form)[0]
+    recovery = _recovery(weight, bias, over, plan)
+    return four_steps(x, plan, normalizer, recovery, [weight, bias], over, running, _CHANNEL, closed_form)[0]
 
 
-def _recovery(weight: Tensor | None, bias: Tensor | None) -> tuple[Recovery | None, list[Tensor]]:
-    if bias is None:
-        return (None, []) if weight is None else (_SCALE, [weight])
-    return _AFFINE, [torch.ones_like(bias) if weight is None else weight, bias]
+def _recovery(weight: Tensor | None, bias: Tensor | None, over: Over, plan: Plan) -> Recovery | None:
+    _check_shape("weight", weight, over, plan)
+    _check_shape("bias", bias, over, plan)
+    return None if weight is None and bias is None else _AFFINE
+
+
+def _check_shape(name: str, given: Tensor | None, over: Over, plan: Plan) -> None:
+    wanted = over_shape(over, {axis: plan.size(axis) for dim in over for axis in dim})
+    if given is not None and given.shape != wanted:
+        raise ShapeError(f"{name} has shape {tuple(given.shape)}, the input wants {wanted}: shape {plan.shape}")
 
 
 def _trailing(normalized_shape: Sequence[int]) -> tuple[Pattern, Over, Sizes]:

@@ -7,6 +7,7 @@ strictly and gives its own back, and is an instance of torch's class, so that wh
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar, cast
@@ -285,6 +286,8 @@ class GroupNorm(_Named, nn.GroupNorm):  # type: ignore[misc]  # eps is an attrib
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if num_channels < 1:
+            raise ShapeError(f"num_channels is a whole number from 1 on, not {num_channels}")
         if num_groups < 1 or num_channels % num_groups:
             raise ShapeError(
                 f"{num_channels} channels cannot be split into {num_groups} groups; "
@@ -376,7 +379,8 @@ def _affine(axes: str, elementwise_affine: bool, bias: bool) -> Recovery | None:
 
 def _last_axes(normalized_shape: int | Sequence[int]) -> tuple[tuple[int, ...], str, dict[str, int]]:
     """The shape as a tuple, names for its dimensions, and their sizes."""
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    dims = normalized_shape if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+    shape = tuple(operator.index(size) for size in dims)
     names = ["d"] if len(shape) == 1 else [f"d{dim}" for dim in range(len(shape))]
     return shape, " ".join(names), dict(zip(names, shape, strict=True))
 

@@ -27,7 +27,7 @@ class Memory(Protocol):
         ...
 
     def rate(self, batches: Tensor) -> Tensor | float:
-        """The weight of the new batch, which is number `batches`, counted from 1."""
+        """The weight of the new batch, which is number `batches`, counted from 1, in the memory's dtype."""
         ...
 
     def formula(self) -> str:
@@ -72,7 +72,7 @@ class Moving:
         if value is None or not 0 <= value <= 1:
             raise ValueError(f"{name} is a weight between 0 and 1, not {value}")
         object.__setattr__(self, "over", over)
-        object.__setattr__(self, "update_rate", _complement(value) if update_rate is None else update_rate)
+        object.__setattr__(self, "update_rate", _complement(value) if update_rate is None else float(value))
         object.__setattr__(self, "unbiased", unbiased)
 
     @property
@@ -107,7 +107,7 @@ class Average:
 
     def rate(self, batches: Tensor) -> Tensor | float:
         """One over the number of batches."""
-        return 1.0 / batches
+        return batches.reciprocal()
 
     def formula(self) -> str:
         """The formula."""
@@ -147,10 +147,9 @@ def commit(memory: Memory, kept: Sequence[Tensor], batch: Sequence[Tensor], batc
     A batch with a statistic that is not finite does not enter: the buffers stay as they were, bit for bit.
     """
     finite = torch.stack([statistic.isfinite().all() for statistic in batch]).all()
-    rate = memory.rate(kept[0].new_ones(()) if batches is None else batches + 1)
     for old, new in zip(kept, batch, strict=True):
-        blended = old.lerp(new.to(old.dtype), rate if isinstance(rate, float) else rate.to(old.dtype))
-        old.copy_(torch.where(finite, blended, old))
+        rate = memory.rate(old.new_ones(()) if batches is None else (batches + 1).to(old.dtype))
+        old.copy_(torch.where(finite, old.lerp(new.to(old.dtype), rate), old))
     if batches is not None:
         batches.add_(finite)
 

@@ -12,11 +12,11 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 from normwise.errors import NormwiseError, PatternError, ShapeError
 from normwise.explain import Explanation, explain
 from normwise.kernels.closed_form import closed_form
-from normwise.kernels.reference import four_steps
+from normwise.kernels.reference import four_steps, wide_dtype
 from normwise.memory import Memory, commit
 from normwise.moments import Moments
 from normwise.normalizers import Normalizer, Standardize
-from normwise.plan import Plan, gather, make_plan, over_shape, plan_for
+from normwise.plan import Plan, gather, over_shape, plan_for
 from normwise.recoveries import Recovery
 from normwise.spec import NormSpec, check_samples
 
@@ -76,7 +76,7 @@ class Norm(nn.Module):
     ) -> None:
         nn.Module.__init__(self)  # by name: in a named layer the next class in line is torch's, with another signature
         normalizer = Standardize() if normalizer is None else normalizer
-        _check_parts(normalizer, recovery, memory, named_sizes)
+        _check_parts(pattern, normalizer, recovery, memory, named_sizes)
         spec = NormSpec(pattern, normalizer, recovery, memory, _joined(sizes, named_sizes))
         for name in spec.pattern.names:
             if name in _OPTIONS:
@@ -86,15 +86,14 @@ class Norm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's layers name it so, and callers may too
         """Normalize `input`."""
-        if self.spec.unknown:
-            self._materialize_for(input)
+        wide_dtype(input)
+        plan = plan_for(self.spec.pattern, input.shape, self.spec.sizes)
+        if not self._uses_memory() and input.numel() > 0 and self.spec.normalizer.needs_two:
+            check_samples(self.spec.pattern, plan, remembers=self.spec.memory is not None)
+        if self.spec.unknown:  # only now, so that an input that is refused leaves no sizes behind
+            self._materialize_for(plan)
         spec = self.spec
-        plan = plan_for(spec.pattern, input.shape, spec.sizes)
-        if not input.is_floating_point():
-            raise TypeError(f"a normalization needs floating-point input, not {input.dtype}")
         remembered = self._remembered() if self._uses_memory() else None
-        if remembered is None and input.numel() > 0 and spec.normalizer.needs_two:
-            check_samples(spec.pattern, plan, remembers=spec.memory is not None)
         output, moments = four_steps(
             input,
             plan,
@@ -173,7 +172,7 @@ class Norm(nn.Module):
     def _starts(self) -> Mapping[str, float]:
         return {} if self.spec.recovery is None else self.spec.recovery.parameters
 
-    def _parameters_of_recovery(self) -> list[Tensor]:
+    def _parameters_of_recovery(self) -> list[Tensor | None]:
         return [getattr(self, name) for name in self._starts()]
 
     def _register(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
@@ -196,11 +195,10 @@ class Norm(nn.Module):
 
     def _new_buffer(self, options: dict[str, Any]) -> Tensor:
         if self.spec.unknown:
-            return UninitializedBuffer(**options)
+            return _UnsizedBuffer(**options)
         return torch.empty(over_shape(self.spec.memory_over, dict(self.spec.sizes)), **options)
 
-    def _materialize_for(self, x: Tensor) -> None:
-        plan = make_plan(self.spec.pattern, tuple(x.shape), self.spec.sizes)
+    def _materialize_for(self, plan: Plan) -> None:
         sizes = {name: plan.size(name) for name in self.spec.unknown}
         if 0 in sizes.values():
             empty = next(name for name, size in sizes.items() if size == 0)
@@ -243,15 +241,29 @@ class Norm(nn.Module):
             overs |= {f"running_{name}": self.spec.memory_over for name in self.spec.normalizer.remembers}
             found = [(overs[name], state_dict.get(prefix + name)) for name in overs]
             shapes = [(over, tensor.shape) for over, tensor in found if tensor is not None and not is_lazy(tensor)]
+            errors: list[str] = args[-1]
+            name = prefix.rstrip(".") or type(self).__name__
             try:
                 sizes = self.spec.sizes_from(shapes)
             except NormwiseError as error:
-                errors: list[str] = args[-1]
-                errors.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+                errors.append(f"{name}: {error}")
                 return
-            if not set(self.spec.unknown) - set(sizes):
+            missing = set(self.spec.unknown) - set(sizes)
+            if shapes and missing:
+                errors.append(f"{name}: the checkpoint does not give the size of axis '{min(missing)}'")
+                return
+            if not missing:
                 self._materialize(sizes)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _UnsizedBuffer(UninitializedBuffer):
+    """torch's uninitialized buffer, with the deepcopy that torch gives its uninitialized parameter."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _UnsizedBuffer:
+        options: dict[str, Any] = {"device": self.data.device, "dtype": self.data.dtype}
+        copied = memo[id(self)] = type(self)(**options)
+        return copied
 
 
 def _joined(sizes: Mapping[str, int] | None, named: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
@@ -263,14 +275,20 @@ def _joined(sizes: Mapping[str, int] | None, named: Mapping[str, int]) -> tuple[
 
 
 def _check_parts(
-    normalizer: Normalizer, recovery: Recovery | None, memory: Memory | None, named_sizes: Mapping[str, Any]
+    pattern: str,
+    normalizer: Normalizer,
+    recovery: Recovery | None,
+    memory: Memory | None,
+    named_sizes: Mapping[str, Any],
 ) -> None:
     """Catch a part in the wrong place, or an option that is misspelt and so looks like an axis size."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern is {pattern!r}, which is not text")
     wanted = (("normalizer", normalizer, "normalize"), ("recovery", recovery, "recover"), ("memory", memory, "rate"))
     for name, part, method in wanted:
-        if part is not None and not hasattr(part, method):
+        if part is not None and (isinstance(part, type) or not hasattr(part, method)):
             raise TypeError(f"{name} is {part!r}, which is not a {name}")
     for name, size in named_sizes.items():
-        if not isinstance(size, int):
+        if not hasattr(size, "__index__"):
             known = ", ".join(_OPTIONS[1:])
             raise PatternError(f"{name}={size!r} is neither an option of Norm ({known}) nor the size of an axis")

@@ -23,7 +23,6 @@ class Normalized(NamedTuple):
 class Normalizer(Protocol):
     """What `Norm` asks of a normalizer; any frozen dataclass with these members can be declared."""
 
-    centers: ClassVar[bool]  # whether the mean is subtracted
     remembers: ClassVar[tuple[str, ...]]  # names of the statistics that a memory keeps
     needs_two: ClassVar[bool]  # whether a column of one sample is degenerate
 
@@ -55,7 +54,6 @@ class Standardize:
         eps: Added to the variance, in its unit.
     """
 
-    centers: ClassVar[bool] = True
     remembers: ClassVar[tuple[str, ...]] = ("mean", "var")
     needs_two: ClassVar[bool] = True
 
@@ -94,7 +92,6 @@ class RMS:
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
 
-    centers: ClassVar[bool] = False
     remembers: ClassVar[tuple[str, ...]] = ("mean_square",)
     needs_two: ClassVar[bool] = False
 

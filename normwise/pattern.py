@@ -127,6 +127,8 @@ def parse_names(text: str) -> tuple[tuple[str, ...], ...]:
     >>> parse_names("h w"), parse_names("(g k)")
     ((('h',), ('w',)), (('g', 'k'),))
     """
+    if not text.strip():
+        raise PatternError("no axis is named: for example 'c', 'h w', or '(g k)' for one flat axis")
     pattern = parse(text)
     for axis in pattern.axes:
         if axis.reduced:

@@ -60,9 +60,14 @@ def make_plan(pattern: Pattern, shape: tuple[int, ...], sizes: Sizes = ()) -> Pl
     known = dict(sizes)
     spread = _spread(pattern, shape)
     view = [size for dim, axes in enumerate(spread) for size in _split(pattern, axes, dim, shape, known)]
-    axes = [axis for axes in spread for axis in axes]
-    reduced = tuple(dim for dim, axis in enumerate(axes) if axis.reduced)
-    return Plan(shape, tuple(view), tuple(axis.name for axis in axes), reduced, tuple(len(axes) for axes in spread))
+    names = [axis.name for axes in spread for axis in axes]
+    reduced = [dim for dim, axis in enumerate(axis for axes in spread for axis in axes) if axis.reduced]
+    parts = [len(axes) for axes in spread]
+    if not reduced:  # '[...]' that stands for no dimension: each element is a column of its own
+        reduced.append(len(view))
+        view.append(1)
+        names.append(ELLIPSIS)
+    return Plan(shape, tuple(view), tuple(names), tuple(reduced), tuple(parts))
 
 
 cached_plan = lru_cache(maxsize=4096)(make_plan)
@@ -158,9 +163,9 @@ def _split(
     unknown = [axis for axis, size in zip(axes, sizes, strict=True) if size is None]
     given = math.prod([size for size in sizes if size is not None])
     if len(axes) == 1 and not unknown and given != total:
-        raise _misfit(
-            pattern, axes[0], f"axis '{axes[0].name}' has size {given}, but dimension {dim} has {total}", shape
-        )
+        hint = _elsewhere(axes[0].name, given, shape)
+        message = f"axis '{axes[0].name}' has size {given}, but dimension {dim} has {total}"
+        raise _misfit(pattern, axes[0], message + hint, shape)
     if len(unknown) > 1:
         way_out = f"give the size of one of them, for example {unknown[0].name}={2 if total % 2 == 0 else 1}"
         raise _misfit(pattern, axes[0], f"dimension {dim} cannot be split into {_group(axes)}: {way_out}", shape)
@@ -172,6 +177,14 @@ def _split(
         reason = f"{total} is not a multiple of {given} ({knowns})"
         raise _misfit(pattern, axes[0], f"dimension {dim} cannot be split into {_group(axes)}: {reason}", shape)
     return [total // given if size is None else size for size in sizes]
+
+
+def _elsewhere(name: str, size: int, shape: tuple[int, ...]) -> str:
+    """A hint for a tensor whose dimensions come in another order than the pattern's."""
+    dims = [dim for dim, found in enumerate(shape) if found == size]
+    if len(dims) != 1:
+        return ""
+    return f" (dimension {dims[0]} has {size}: if that is '{name}', the pattern must name the axes in that order)"
 
 
 def _group(axes: Iterable[Axis]) -> str:

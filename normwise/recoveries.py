@@ -18,7 +18,7 @@ class Recovery(Protocol):
         """The named axes of its parameters: "c", "h w", or "(g k)" for one flat axis."""
         ...
 
-    def recover(self, normalized: Tensor, *parameters: Tensor) -> Tensor:
+    def recover(self, normalized: Tensor, *parameters: Tensor | float) -> Tensor:
         """Apply the parameters, in the order of `parameters`, shaped to broadcast."""
         ...
 
@@ -39,7 +39,7 @@ class Affine:
 
     over: str
 
-    def recover(self, normalized: Tensor, *parameters: Tensor) -> Tensor:
+    def recover(self, normalized: Tensor, *parameters: Tensor | float) -> Tensor:
         """Weight * x + bias."""
         weight, bias = parameters
         return normalized * weight + bias
@@ -61,7 +61,7 @@ class Scale:
 
     over: str
 
-    def recover(self, normalized: Tensor, *parameters: Tensor) -> Tensor:
+    def recover(self, normalized: Tensor, *parameters: Tensor | float) -> Tensor:
         """Weight * x."""
         (weight,) = parameters
         return normalized * weight

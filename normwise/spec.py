@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import SupportsIndex
 
 from normwise.errors import PatternError, ShapeError, TooFewSamplesError
 from normwise.memory import Memory
@@ -35,7 +37,7 @@ class NormSpec:
     def __post_init__(self) -> None:
         pattern = parse(self.text)
         object.__setattr__(self, "pattern", pattern)
-        object.__setattr__(self, "sizes", tuple(sorted(self.sizes)))
+        object.__setattr__(self, "sizes", checked_sizes(self.sizes))
         object.__setattr__(self, "parameter_over", () if self.recovery is None else parse_names(self.recovery.over))
         object.__setattr__(self, "memory_over", () if self.memory is None else parse_names(self.memory.over))
         if not any(axis.reduced for axis in pattern.axes):
@@ -43,7 +45,6 @@ class NormSpec:
         check_known(pattern, _flat(self.parameter_over), type(self.recovery).__name__)
         check_known(pattern, _flat(self.memory_over), type(self.memory).__name__)
         check_known(pattern, (name for name, _ in self.sizes), "a size")
-        _check_sizes(self.sizes)
         for name in _flat(self.memory_over):
             if pattern.axis(name).reduced:
                 message = (
@@ -75,10 +76,24 @@ class NormSpec:
         known = dict(self.sizes)
         for over, shape in shapes:
             if len(over) != len(shape):
-                raise ShapeError(f"expected {len(over)} dimensions over {_written(over)}, got shape {tuple(shape)}")
+                raise ShapeError(f"expected a shape over {_written(over)}, got {tuple(shape)}")
             for names, size in zip(over, shape, strict=True):
                 known.update(_solve(names, size, known))
         return {name: known[name] for name in self.unknown if name in known}
+
+
+def checked_sizes(sizes: Iterable[tuple[str, SupportsIndex]]) -> Sizes:
+    """Axis sizes as whole numbers, sorted by name.
+
+    Raises:
+        ShapeError: a size that is no whole number from 1 on.
+    """
+    checked: dict[str, int] = {}
+    for name, size in sizes:
+        if isinstance(size, bool) or not hasattr(size, "__index__") or operator.index(size) < 1:
+            raise ShapeError(f"the size of axis '{name}' is a whole number from 1 on, not {size!r}")
+        checked[name] = operator.index(size)
+    return tuple(sorted(checked.items()))
 
 
 def check_samples(pattern: Pattern, plan: Plan, *, remembers: bool) -> None:
@@ -90,11 +105,23 @@ def check_samples(pattern: Pattern, plan: Plan, *, remembers: bool) -> None:
     if plan.rows >= 2 or (pattern.over_features_only and not remembers):
         return
     over = ", ".join(axis.name for axis in pattern.axes if axis.reduced)
-    way_out = "use a larger batch, or evaluation mode" if remembers else "use larger groups or maps"
+    way_out = _way_out(pattern, plan) + (", or evaluation mode" if remembers else "")
     raise TooFewSamplesError(
         f"shape {plan.shape} leaves {plan.rows} sample a column of '{pattern.text}' (over {over}), "
         f"and one sample has no variance: {way_out}"
     )
+
+
+def _way_out(pattern: Pattern, plan: Plan) -> str:
+    """What would give a column more samples."""
+    if pattern.axes[0].reduced:
+        return "use a larger batch"
+    for axes, total in zip(pattern.dims, plan.shape, strict=False):
+        kept = [axis.name for axis in axes if not axis.reduced]
+        if len(axes) == 2 and len(kept) == 1:
+            counts = [str(count) for count in range(1, total) if total % count == 0]
+            return f"use fewer groups, {kept[0]} = {', '.join(counts)}" if counts else "use more channels"
+    return "use larger maps"
 
 
 def _flat(over: Over) -> tuple[str, ...]:
@@ -103,12 +130,6 @@ def _flat(over: Over) -> tuple[str, ...]:
 
 def _written(over: Over) -> str:
     return " ".join(dim[0] if len(dim) == 1 else f"({' '.join(dim)})" for dim in over)
-
-
-def _check_sizes(sizes: Sizes) -> None:
-    for name, size in sizes:
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ShapeError(f"the size of axis '{name}' is a whole number from 1 on, not {size!r}")
 
 
 def _solve(names: tuple[str, ...], size: int, known: Mapping[str, int]) -> dict[str, int]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from normwise.errors import ShapeError, TooFewSamplesError
+from normwise.kernels.reference import wide_dtype
 from normwise.normalizers import Standardize
 
 
@@ -75,7 +76,7 @@ def batch_norm(
             raise ShapeError(f"{name} has {value.numel()} elements, X has {columns} columns: shape {tuple(X.shape)}")
     training = torch.is_grad_enabled() if training is None else training
     mean, var = moving_mean.detach(), moving_var.detach()
-    wide = torch.promote_types(X.dtype, torch.float32)
+    wide = wide_dtype(X)
 
     # Reshape: X' is n x p, or (n h w) x c.
     matrix = X.to(wide).movedim(1, -1).reshape(-1, columns)
@@ -126,7 +127,7 @@ def layer_norm(X: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:  #
     if X.dim() < 2:
         raise ShapeError(f"X has the examples first and at least one more dimension: shape {tuple(X.shape)}")
     example = X.shape[1:]
-    wide = torch.promote_types(X.dtype, torch.float32)
+    wide = wide_dtype(X)
 
     # Reshape: X' is p x n, or (c h w) x n: each example is a column.
     matrix = X.to(wide).reshape(X.shape[0], math.prod(example)).T

@@ -13,13 +13,17 @@ from torch import Tensor
 
 from normwise.kernels.reference import by_definition
 from normwise.moments import Moments
-from normwise.normalizers import Normalized, Normalizer
+from normwise.normalizers import RMS, Normalized, Normalizer, Standardize
 from normwise.plan import dim_product
+
+# The normalizers whose derivative this is, and whether they subtract the mean.
+_CENTERS: dict[type[Normalizer], bool] = {Standardize: True, RMS: False}
 
 
 def closed_form(normalizer: Normalizer, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Normalized:
     """`normalizer.normalize`, differentiated by the closed form where nothing but ordinary autograd looks on."""
-    if not (torch.is_grad_enabled() and view.requires_grad) or _under_a_transform():
+    known = type(normalizer) in _CENTERS
+    if not (known and torch.is_grad_enabled() and view.requires_grad) or _under_a_transform():
         return by_definition(normalizer, view, dims, dtype)
     values, slope, mean, m2 = _ClosedForm.apply(normalizer, view, dims, dtype)  # type: ignore[no-untyped-call]
     return Normalized(values, slope, Moments(dim_product(view.shape, dims), mean, m2))
@@ -41,7 +45,7 @@ class _ClosedForm(torch.autograd.Function):
         ctx.save_for_backward(values, slope)
         ctx.mark_non_differentiable(moments.mean, moments.m2)
         ctx.set_materialize_grads(False)
-        ctx.dims, ctx.centers = dims, normalizer.centers
+        ctx.dims, ctx.centers = dims, _CENTERS[type(normalizer)]
         return values, slope, moments.mean, moments.m2
 
     @staticmethod

@@ -20,6 +20,13 @@ from normwise.recoveries import Recovery
 Normalize: TypeAlias = Callable[[Normalizer, Tensor, tuple[int, ...], torch.dtype], Normalized]
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that statistics and parameters are computed in: the input's, float32 at least."""
+    if not x.is_floating_point():
+        raise TypeError(f"a normalization needs floating-point input, not {x.dtype}")
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def by_definition(normalizer: Normalizer, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Normalized:
     """Step 2 as the normalizer has it."""
     return normalizer.normalize(view, dims, dtype)
@@ -30,7 +37,7 @@ def four_steps(
     plan: Plan,
     normalizer: Normalizer,
     recovery: Recovery | None = None,
-    parameters: Sequence[Tensor] = (),
+    parameters: Sequence[Tensor | None] = (),
     parameter_over: Over = (),
     remembered: tuple[Tensor, ...] | None = None,
     memory_over: Over = (),
@@ -43,13 +50,13 @@ def four_steps(
         plan: The pattern's view of that shape.
         normalizer: Step 2.
         recovery: Step 3, or None.
-        parameters: The recovery's parameters, over the axes `parameter_over`.
+        parameters: The recovery's parameters, over the axes `parameter_over`; None: the value it starts from.
         parameter_over: See `parameters`.
         remembered: Statistics to normalize with, over the axes `memory_over`; None: measure this batch.
         memory_over: See `remembered`.
         normalize: How step 2 is computed when this batch is measured.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     view = x.to(wide).reshape(plan.view)
     moments = None
     if x.numel() == 0:
@@ -60,6 +67,10 @@ def four_steps(
         statistics = tuple(place(statistic.to(wide), memory_over, plan) for statistic in remembered)
         normalized = normalizer.apply(view, statistics, x.dtype)
     if recovery is not None:
-        placed = (place(parameter.to(wide), parameter_over, plan) for parameter in parameters)
+        starts = recovery.parameters.values()
+        placed = [
+            start if parameter is None else place(parameter.to(wide), parameter_over, plan)
+            for start, parameter in zip(starts, parameters, strict=True)
+        ]
         normalized = recovery.recover(normalized, *placed)
     return normalized.to(x.dtype).reshape(plan.shape), moments
