@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from normwise import RMS, Norm, Standardize
+from normwise.moments import Moments
+from normwise.normalizers import Normalized
+from tests.tolerances import DOUBLE, check
+
+DOUBLE_DTYPE = torch.float64
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.5, 0.0])
+def test_standardize_equals_its_formula(eps: float) -> None:
+    x = torch.randn(6, 4, dtype=DOUBLE_DTYPE) * 3 + 1
+    mean, var = x.mean(0, keepdim=True), x.var(0, unbiased=False, keepdim=True)
+    normalized = Standardize(eps).normalize(x, (0,), x.dtype)
+    check(normalized.values, (x - mean) / (var + eps).sqrt(), DOUBLE)
+    check(normalized.slope, 1 / (var + eps).sqrt(), DOUBLE)
+    check(normalized.moments.mean, mean, DOUBLE)
+    check(normalized.moments.m2, var * 6, DOUBLE)
+    assert normalized.moments.count == 6
+    check(Standardize(eps).apply(x, (mean, var), x.dtype), normalized.values, DOUBLE)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.5, 0.0])
+def test_rms_equals_its_formula(eps: float) -> None:
+    x = torch.randn(6, 4, dtype=DOUBLE_DTYPE) * 3 + 1
+    mean_square = x.square().mean(0, keepdim=True)
+    normalized = RMS(eps).normalize(x, (0,), x.dtype)
+    check(normalized.values, x / (mean_square + eps).sqrt(), DOUBLE)
+    check(normalized.slope, 1 / (mean_square + eps).sqrt(), DOUBLE)
+    (remembered,) = RMS(eps).statistics(normalized.moments, unbiased=True)
+    check(remembered, mean_square, DOUBLE)
+    check(RMS(eps).apply(x, (remembered,), x.dtype), normalized.values, DOUBLE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_eps_of_rms_is_by_default_that_of_the_inputs_dtype(dtype: torch.dtype) -> None:
+    tiny = torch.full((2, 8), 1e-3).to(dtype)
+    expected = torch.nn.functional.rms_norm(tiny.double(), (8,), eps=torch.finfo(dtype).eps)
+    ours = Norm("... [d]", RMS())(tiny)
+    assert ours.dtype == dtype
+    assert ((ours.double() - expected) / expected).abs().max() <= 2 * torch.finfo(dtype).eps
+
+
+def test_standardize_gives_its_statistics_biased_or_not() -> None:
+    moments = Moments(5, torch.tensor(3.0), torch.tensor(10.0))
+    assert Standardize().statistics(moments, unbiased=False) == (torch.tensor(3.0), torch.tensor(2.0))
+    assert Standardize().statistics(moments, unbiased=True) == (torch.tensor(3.0), torch.tensor(2.5))
+
+
+def test_moments_are_detached() -> None:
+    x = torch.randn(4, 2, requires_grad=True)
+    for normalizer in (Standardize(), RMS()):
+        moments = normalizer.normalize(x, (0,), x.dtype).moments
+        assert not moments.mean.requires_grad
+        assert not moments.m2.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "formula"),
+    [
+        (Standardize(), "(x - mean) / sqrt(var + 1e-05), biased variance"),
+        (RMS(), "x / sqrt(mean(x^2) + machine epsilon)"),
+        (RMS(0.1), "x / sqrt(mean(x^2) + 0.1)"),
+    ],
+)
+def test_formula_and_repr(normalizer: Standardize | RMS, formula: str) -> None:
+    assert normalizer.formula() == formula
+    assert eval(repr(normalizer)) == normalizer
+
+
+def test_no_dimension_to_normalize_over_is_each_element_by_itself() -> None:
+    y = Norm("n [...]", RMS(eps=0.0))(torch.tensor([3.0, -4.0]))
+    assert y.tolist() == [1.0, -1.0]
+
+
+@dataclass(frozen=True)
+class ByLargest:
+    """x / max|x|: somebody else's normalizer, by the protocol."""
+
+    centers: ClassVar[bool] = False
+    remembers: ClassVar[tuple[str, ...]] = ("mean_square",)
+    needs_two: ClassVar[bool] = False
+
+    def normalize(self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Normalized:
+        slope = 1 / view.abs().amax(dims, keepdim=True)
+        squares = view.detach().square().sum(dims, keepdim=True)
+        return Normalized(view * slope, slope, Moments(1, torch.zeros_like(squares), squares))
+
+    def apply(self, view: Tensor, remembered: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        return view
+
+    def statistics(self, moments: Moments, *, unbiased: bool) -> tuple[Tensor, ...]:
+        return (moments.variance(),)
+
+    def formula(self) -> str:
+        return "x / max|x|"
+
+
+def test_a_declared_normalizer_of_ones_own_runs() -> None:
+    y = Norm("n [d]", ByLargest())(torch.tensor([[1.0, -4.0], [2.0, 1.0]]))
+    assert y.tolist() == [[0.25, -1.0], [1.0, 0.5]]
+
+
+def test_the_gradient_of_a_normalizer_of_ones_own_is_right() -> None:
+    x = torch.randn(3, 5, dtype=DOUBLE_DTYPE, requires_grad=True)
+    assert torch.autograd.gradcheck(Norm("n [d]", ByLargest()), (x,))

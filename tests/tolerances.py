@@ -1,0 +1,36 @@
+"""Every tolerance of the tests, once, with its reason. They are the same on every machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """|actual - expected| <= absolute + relative * |expected|, element by element."""
+
+    absolute: float
+    relative: float
+    reason: str
+
+
+VALUES = Tolerance(1e-6, 1e-6, "outputs are of size 1 to 8: two correct float32 results differ by some 2 ulps")
+GRADIENTS = Tolerance(
+    1e-5, 1e-5, "a parameter's gradient sums hundreds of float32 products, in another order than torch"
+)
+MEMORY = Tolerance(2e-6, 2e-6, "ten float32 blends of statistics of size 1 to 10")
+DOUBLE = Tolerance(1e-10, 1e-10, "float64 against float64; 1e-10 is far below any float32 intermediate result")
+EXACT = Tolerance(2e-6, 0.0, "the promise of the statistics: against the formula in float64 on the rounded input")
+OUTLIER = Tolerance(2e-5, 1e-6, "one value of 1e6 among values of size 1, and first: the column is shifted by it")
+COMPILED = Tolerance(2e-5, 2e-5, "a compiler sums in its own order, so the shift by an element helps it less")
+SUMMED = Tolerance(0.0, 1e-5, "float32 partial sums over 65,536 rows, against float64")
+
+LOW_PRECISION_FACTOR = 2.0  # times the error of torch's operation in the same precision, both against float64
+
+
+def check(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> None:
+    """Equal within the tolerance, and of the same shape, dtype and device."""
+    torch.testing.assert_close(actual, expected, atol=tolerance.absolute, rtol=tolerance.relative)
