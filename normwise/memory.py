@@ -26,8 +26,9 @@ class Memory(Protocol):
         """Whether the variance that enters is the unbiased one."""
         ...
 
-    def rate(self, batches: Tensor) -> Tensor | float:
-        """The weight of the new batch, which is number `batches`, counted from 1, in the memory's dtype."""
+    @property
+    def update_rate(self) -> float | None:
+        """The weight of the new batch; None: one over the number of batches."""
         ...
 
     def formula(self) -> str:
@@ -80,10 +81,6 @@ class Moving:
         """The weight of the old value."""
         return _complement(self.update_rate)
 
-    def rate(self, batches: Tensor) -> Tensor | float:
-        """The same for every batch."""
-        return self.update_rate
-
     def formula(self) -> str:
         """The formula with its numbers."""
         return f"moving = {self.decay} * moving + {self.update_rate} * batch, {_named(self.unbiased)} variance"
@@ -105,9 +102,10 @@ class Average:
     over: str
     unbiased: bool = True
 
-    def rate(self, batches: Tensor) -> Tensor | float:
+    @property
+    def update_rate(self) -> None:
         """One over the number of batches."""
-        return batches.reciprocal()
+        return
 
     def formula(self) -> str:
         """The formula."""
@@ -131,7 +129,8 @@ class Frozen:
         """Nothing enters; what is there was decided by whoever measured it."""
         return True
 
-    def rate(self, batches: Tensor) -> Tensor | float:
+    @property
+    def update_rate(self) -> float:
         """Nothing enters."""
         return 0.0
 
@@ -145,11 +144,18 @@ def commit(memory: Memory, kept: Sequence[Tensor], batch: Sequence[Tensor], batc
     """Let one batch's statistics enter the buffers `kept`, in place; `batches` counts them, if anybody does.
 
     A batch with a statistic that is not finite does not enter: the buffers stay as they were, bit for bit.
+
+    Raises:
+        ValueError: an average of all batches that nobody counts.
     """
-    finite = torch.stack([statistic.isfinite().all() for statistic in batch]).all()
+    rate = memory.update_rate
+    if rate is None and batches is None:
+        raise ValueError(f"{memory} needs to know the number of batches, and nobody counts them")
+    finite = torch.cat([statistic.reshape(-1) for statistic in batch]).isfinite().all()
     for old, new in zip(kept, batch, strict=True):
-        rate = memory.rate(old.new_ones(()) if batches is None else (batches + 1).to(old.dtype))
-        old.copy_(torch.where(finite, old.lerp(new.to(old.dtype), rate), old))
+        entering = torch.where(finite, new.to(old.dtype), old)
+        weight = rate if rate is not None else (batches + 1).to(old.dtype).reciprocal()
+        old.lerp_(entering, weight)
     if batches is not None:
         batches.add_(finite)
 

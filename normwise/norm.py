@@ -284,7 +284,7 @@ def _check_parts(
     """Catch a part in the wrong place, or an option that is misspelt and so looks like an axis size."""
     if not isinstance(pattern, str):
         raise TypeError(f"pattern is {pattern!r}, which is not text")
-    wanted = (("normalizer", normalizer, "normalize"), ("recovery", recovery, "recover"), ("memory", memory, "rate"))
+    wanted = (("normalizer", normalizer, "normalize"), ("recovery", recovery, "recover"), ("memory", memory, "updates"))
     for name, part, method in wanted:
         if part is not None and (isinstance(part, type) or not hasattr(part, method)):
             raise TypeError(f"{name} is {part!r}, which is not a {name}")

@@ -82,26 +82,28 @@ def plan_for(pattern: Pattern, shape: torch.Size, sizes: Sizes) -> Plan:
 
 def place(tensor: Tensor, over: Over, plan: Plan) -> Tensor:
     """A parameter or a memory, over named axes, shaped to broadcast against the plan's view."""
-    flat = [name for dim in over for name in dim]
-    if not flat:
-        return tensor
-    dims = [plan.names.index(name) for name in flat]
-    order = sorted(range(len(dims)), key=dims.__getitem__)
-    split = tensor.reshape([plan.view[dim] for dim in dims]).permute(order)
-    return split.reshape([size if dim in dims else 1 for dim, size in enumerate(plan.view)])
+    dims = _dims(over, plan)
+    if dims != sorted(dims):
+        order = sorted(range(len(dims)), key=dims.__getitem__)
+        tensor = tensor.reshape([plan.view[dim] for dim in dims]).permute(order)
+    return tensor.reshape([size if dim in dims else 1 for dim, size in enumerate(plan.view)])
 
 
 def gather(statistic: Tensor, over: Over, plan: Plan) -> Tensor:
     """The inverse of `place`, for a statistic of every column: kept axes that are not named are averaged."""
-    flat = [name for dim in over for name in dim]
-    dims = [plan.names.index(name) for name in flat]
-    rest = [dim for dim in range(len(plan.view)) if dim not in dims]
+    dims = _dims(over, plan)
+    rest = [dim for dim, size in enumerate(statistic.shape) if size != 1 and dim not in dims]
     if rest:
         statistic = statistic.mean(rest, keepdim=True)
-    order = sorted(range(len(dims)), key=dims.__getitem__)
-    inverse = [order.index(dim) for dim in range(len(dims))]
-    kept = statistic.reshape([plan.view[dims[dim]] for dim in order])
-    return kept.permute(inverse).reshape(over_shape(over, {name: plan.size(name) for name in flat}))
+    if dims != sorted(dims):
+        inverse = [sorted(dims).index(dim) for dim in dims]
+        statistic = statistic.reshape([plan.view[dim] for dim in sorted(dims)]).permute(inverse)
+    return statistic.reshape(over_shape(over, {name: plan.size(name) for dim in over for name in dim}))
+
+
+def _dims(over: Over, plan: Plan) -> list[int]:
+    """The dimensions of the view that hold the named axes."""
+    return [plan.names.index(name) for dim in over for name in dim]
 
 
 def dim_product(shape: Sequence[int], dims: Iterable[int]) -> int:
