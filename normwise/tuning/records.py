@@ -1,0 +1,207 @@
+"""What a study writes down: requests, records, settings. Plain data, JSON in and out.
+
+Nothing here computes. `search` reads records and asks for more, `judge` compares their scores, `summary` condenses
+them, `report` draws them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Self
+
+Phase = Literal["select", "confirm", "horizon"]
+Outcome = Literal["trains", "stuck", "diverged"]
+Direction = Literal["max", "min"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One trial to run: a normalization at a learning rate, from a seed.
+
+    `phase` says what the trial is for: *select* chooses the learning rate (validation data only), *confirm* runs each
+    normalization at its own best rate on fresh seeds and the test data, *horizon* repeats winner and runner-up at
+    twice the steps. `steps` is None where the user's own loop decides.
+    """
+
+    phase: Phase
+    norm: str
+    lr: float
+    seed: int
+    steps: int | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What came of one request.
+
+    Scores are in the metric's unit as the report shows it (accuracy in percent). A number that does not exist is
+    None (no test data in selection; no losses in a user's loop that logs none) and one that is not finite is stored as
+    None as well, because JSON has no NaN; `outcome` says which of the two it was.
+    """
+
+    request: Request
+    outcome: Outcome
+    score: float | None = None  # primary metric on validation data (selection) or on test data (confirm, horizon)
+    first_loss: float | None = None  # training loss of the first step
+    tail_loss: float | None = None  # mean training loss of the last tenth of the steps
+    val_loss: float | None = None  # validation loss at the end, in evaluation mode
+    test_loss: float | None = None  # test loss at the end, in evaluation mode; None in selection
+    weight_norm: float | None = None  # L2 norm of all parameters of two or more dimensions, at the end
+    curve: tuple[tuple[int, float], ...] = ()  # (step, training loss), at most 100 points, finite ones only
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """What `to_dict` gave, JSON in between or not."""
+        curve = tuple((int(step), float(loss)) for step, loss in data["curve"])
+        return cls(**{**data, "request": Request(**data["request"]), "curve": curve})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a study's outcome depends on, besides the model and the data themselves."""
+
+    model: str
+    data: str
+    norms: tuple[tuple[str, str], ...]  # (label, declaration), in the order given
+    lrs: tuple[float, ...] | None = None  # None: the grid that widens by itself
+    seeds: int = 3
+    confirm: int = 10
+    steps: int | None = 200
+    batch_size: int = 128
+    loss: str = "cross_entropy"
+    metric: str = "accuracy"
+    direction: Direction = "max"
+    unit: str = "%"
+    optimizer: str = "sgd"
+    schedule: str = "constant"
+    margin: float = 0.5
+    base_seed: int = 0
+    own_loop: bool = False  # --train: the user's own training loop
+    device: str = "cpu"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """What `to_dict` gave, JSON in between or not."""
+        norms = tuple((label, declaration) for label, declaration in data["norms"])
+        lrs = None if data["lrs"] is None else tuple(data["lrs"])
+        return cls(**{**data, "norms": norms, "lrs": lrs})
+
+    def differences(self, other: Settings) -> dict[str, tuple[Any, Any]]:
+        """The settings in which two studies differ, by name."""
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return {name: (mine, theirs) for name, mine, theirs in pairs if mine != theirs}
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A learning rate read from several seeds: geometric mean and the seeds' range.
+
+    `censored` counts the seeds for which the edge lies beyond the largest rate tried; their value is then that rate,
+    and the report writes "none up to". `mean` is None where no seed has the edge at all (no rate trained).
+    """
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    seeds: int
+    censored: int = 0
+
+
+@dataclass(frozen=True)
+class NormSummary:
+    """All that a study knows of one normalization."""
+
+    label: str
+    declaration: str  # what the user wrote: "batch", "group:8", "[n] c"
+    described: str  # the layer in normwise's language, for a reader: its repr
+    lr_best: float | None
+    lr_train: dict[str, Edge]  # by threshold, as a share of chance: "0.9", "0.5", "0.25"; the headline is "0.5"
+    lr_diverge: Edge
+    margin_octaves: float | None  # log2(lr_train at 0.5 / lr_best)
+    sensitivity: float | None
+    selection: tuple[Record, ...]
+    confirmation: tuple[Record, ...]
+    horizon: tuple[Record, ...]
+    scores: tuple[float, ...]  # what the judge saw: confirmation scores, a failed seed at its imputed value
+    mean: float | None
+    median: float | None
+    low: float | None  # 95 % interval of this normalization's own mean (Student's t over seeds)
+    high: float | None
+    failures: int  # confirmation seeds that did not train
+    ms_per_step: float | None  # measured alone after the study; None for a user's own loop
+    weight_norm: float | None  # median over confirmation seeds
+    trials: int
+    parameters: int | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One pair of normalizations, `better` minus `other`: the one with the better mean comes first.
+
+    `difference`, `low` and `high` are oriented so that positive always favours `better`, whichever way the metric
+    runs. `verdict` is *better* when the simultaneous 95 % bound lies beyond the margin, *equivalent* when the interval
+    lies inside twice the margin, *undecided* otherwise; `more_seeds` is then about how many further seeds would decide.
+    """
+
+    better: str
+    other: str
+    difference: float
+    low: float
+    high: float
+    verdict: Literal["better", "equivalent", "undecided"]
+    more_seeds: int | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judge's answer."""
+
+    winner: str  # the best mean
+    runner_up: str | None  # the best of the others
+    recommended: str  # the simplest of those equivalent to the winner, the winner itself otherwise
+    kind: Literal["better", "equivalent", "undecided"]  # "better": the winner beats every other
+    sentence: str  # the whole answer, for a person
+    comparisons: tuple[Comparison, ...]  # every pair
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Winner and runner-up at twice the steps."""
+
+    winner: str
+    runner_up: str
+    steps: int
+    lead: float  # at the study's steps, in the metric's unit, positive: the winner leads
+    lead_doubled: float
+    reversed: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A finished study, condensed. This is summary.json, and all that the report is drawn from."""
+
+    settings: Settings
+    facts: dict[str, str]  # what was fixed, one line each, in order: data, split, inputs, start, placement, batch, ...
+    chance: float | None  # loss of the best constant prediction, nats for cross-entropy
+    lr_range: tuple[float, float]  # the declared range over which the sensitivity is averaged
+    norms: tuple[NormSummary, ...]  # in the order the user gave
+    verdict: Verdict
+    horizon: Horizon | None
+    warnings: tuple[str, ...]  # headline first
+    reproduce: dict[str, str]  # command, versions, seeds, when, where
+    seconds: float
+    trials: int
+    version: int = field(default=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)

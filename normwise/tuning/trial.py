@@ -1,0 +1,205 @@
+"""One trial: a network trained anew from its seed, and what came of it.
+
+*Diverged* means non-finite at the end; a spike that recovers is none. *Trains* means that the training loss, averaged
+over the last tenth of the steps, and the validation loss in evaluation mode are both below half of chance (below the
+first loss, where the loss is the user's own and chance is unknown). Everything else is *stuck*.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from normwise.errors import StudyError
+from normwise.tuning.data import Data
+from normwise.tuning.models import Architecture
+from normwise.tuning.norms import NormChoice
+from normwise.tuning.records import Outcome, Phase, Record, Request, Settings
+from normwise.tuning.seeding import seeded
+from normwise.tuning.training import Loss, Training, accuracy, predict, weight_norm
+from normwise.tuning.user import blame
+
+TRAINS = 0.5  # of chance
+_POINTS = 100  # of a stored loss curve
+
+OwnLoop = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that a trial needs besides its request; it is sent to each worker once."""
+
+    settings: Settings
+    architecture: Architecture
+    choices: dict[str, NormChoice]
+    loss: Loss
+    data: Data | None  # None: the user's own loop brings its own
+    chance: float | None
+    train: OwnLoop | None = None
+
+
+class Trial:
+    """What a user's own training loop is told of its trial, and where it may log its losses.
+
+    `phase` is what the trial is for: "select", "confirm" (use test data here if you have any) or "horizon". `steps` is
+    how many steps the study asks for, None where the loop decides.
+
+    >>> trial = Trial("select", None)
+    >>> trial.log(0, 2.3)
+    """
+
+    def __init__(self, phase: Phase, steps: int | None) -> None:
+        self.phase, self.steps = phase, steps
+        self._losses: list[tuple[int, float]] = []
+
+    def log(self, step: int, loss: float | Tensor) -> None:
+        """Note the training loss of a step: a number or a tensor of one element."""
+        self._losses.append((int(step), _number(loss)))
+
+    @property
+    def losses(self) -> tuple[tuple[int, float], ...]:
+        """What was logged, in order."""
+        return tuple(self._losses)
+
+
+def run(problem: Problem, request: Request) -> Record:
+    """Run one trial from its seed; the caller's random numbers are left alone.
+
+    Raises StudyError when the user's code raises anything but FloatingPointError.
+    """
+    started = time.perf_counter()
+    with seeded(request.seed), blame(f"trial ({describe(request)}) raised"):
+        choice = problem.choices[request.norm]
+        model = problem.architecture.build(choice).to(problem.settings.device)
+        record = _own_loop(problem, request, model) if problem.data is None else _built_in(problem, request, model)
+    return replace(record, seconds=time.perf_counter() - started)
+
+
+def describe(request: Request) -> str:
+    """The trial in a few words.
+
+    >>> describe(Request("select", "batch", 0.1, 3, 200))
+    'batch at learning rate 0.1, seed 3, select'
+    """
+    return f"{request.norm} at learning rate {request.lr:.4g}, seed {request.seed}, {request.phase}"
+
+
+# -------------------------------------------------------------------------------------------------- built-in training
+
+
+def _built_in(problem: Problem, request: Request, model: nn.Module) -> Record:
+    if problem.data is None or request.steps is None:
+        raise StudyError("built-in training needs data and a number of steps")
+    data = problem.data.to(problem.settings.device)
+    training = Training(
+        model, data.train, problem.settings, problem.loss, lr=request.lr, seed=request.seed, steps=request.steps
+    )
+    losses = _losses(training, request.steps)
+    record = _logged(request, list(enumerate(losses, start=1)))
+    if not (math.isfinite(losses[-1]) and training.finite()):
+        return record
+    outputs = predict(model, data.validation.inputs)
+    val_loss = problem.loss(outputs, data.validation.targets).item()
+    score = _score(problem, outputs, data.validation.targets, val_loss)
+    record = replace(record, val_loss=_finite(val_loss), weight_norm=_finite(weight_norm(model)))
+    if request.phase != "select":  # test data decide nothing, and are looked at only when nothing is left to decide
+        outputs = predict(model, data.test.inputs)
+        test_loss = problem.loss(outputs, data.test.targets).item()
+        score = _score(problem, outputs, data.test.targets, test_loss)
+        record = replace(record, test_loss=_finite(test_loss))
+    if not (math.isfinite(val_loss) and math.isfinite(score)):
+        return record
+    return replace(record, outcome=_outcome(record, problem.chance), score=score)
+
+
+def _losses(training: Training, steps: int) -> list[float]:
+    losses: list[float] = []
+    for _ in range(steps):
+        losses.append(training.step())
+        if not math.isfinite(losses[-1]) and not training.finite():
+            break
+    return losses
+
+
+def _score(problem: Problem, outputs: Tensor, targets: Tensor, loss: float) -> float:
+    return accuracy(outputs, targets) if problem.settings.metric == "accuracy" else loss
+
+
+def _outcome(record: Record, chance: float | None) -> Outcome:
+    threshold = record.first_loss if chance is None else TRAINS * chance
+    if record.tail_loss is None or record.val_loss is None or threshold is None:
+        return "stuck"
+    return "trains" if max(record.tail_loss, record.val_loss) < threshold else "stuck"
+
+
+# ------------------------------------------------------------------------------------------------------ the user's own
+
+
+def _own_loop(problem: Problem, request: Request, model: nn.Module) -> Record:
+    if problem.train is None:
+        raise StudyError("a study without data needs a training loop, train=")
+    trial = Trial(request.phase, request.steps)
+    try:
+        returned = problem.train(model, lr=request.lr, seed=request.seed, trial=trial)
+    except FloatingPointError:
+        returned = math.nan
+    try:
+        score = _number(returned)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise StudyError(f"train returned {returned!r}, a {type(returned).__name__}, not a number") from error
+    record = _logged(request, trial.losses)
+    if not math.isfinite(score):
+        return record
+    if problem.settings.metric == "accuracy" and not 0 <= score <= 100:
+        raise StudyError(
+            f"train returned {score:.6g}, which is no accuracy in percent; "
+            "say what it is with metric 'name:max' or 'name:min'"
+        )
+    return replace(record, outcome="trains", score=score, weight_norm=_finite(weight_norm(model)))
+
+
+def _number(value: Any) -> float:
+    """A number, or a tensor of one element, whether or not it requires gradients."""
+    return float(value.item() if isinstance(value, Tensor) else value)
+
+
+# ---------------------------------------------------------------------------------------------------------- the losses
+
+
+def _logged(request: Request, losses: Sequence[tuple[int, float]]) -> Record:
+    """A record of the losses alone; it stands as diverged until the end of the training says otherwise."""
+    if not losses:
+        return Record(request, "diverged")
+    tail = [loss for _, loss in losses[-max(1, len(losses) // 10) :]]
+    return Record(
+        request,
+        "diverged",
+        first_loss=_finite(losses[0][1]),
+        tail_loss=_finite(sum(tail) / len(tail)),
+        curve=thin(losses),
+    )
+
+
+def thin(losses: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """At most 100 finite points of a loss curve, evenly spread, first and last among them.
+
+    >>> thin([(1, 2.0), (2, float("nan")), (3, 1.0)])
+    ((1, 2.0), (3, 1.0))
+    >>> points = thin([(step, 1.0) for step in range(1000)])
+    >>> len(points), points[0][0], points[-1][0]
+    (100, 0, 999)
+    """
+    finite = [(step, loss) for step, loss in losses if math.isfinite(loss)]
+    if len(finite) <= _POINTS:
+        return tuple(finite)
+    gap = (len(finite) - 1) / (_POINTS - 1)
+    return tuple(finite[round(point * gap)] for point in range(_POINTS))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
