@@ -1,0 +1,147 @@
+"""The page: the summary's figures, tables and sentences in one HTML file."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+from normwise.errors import MissingExtraError, StudyError
+from normwise.report import confirmation, curves, rates, stability, tables, words
+from normwise.report.figures import Figure
+from normwise.tuning.records import NormSummary, Settings, Summary
+
+try:
+    from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+except ModuleNotFoundError as error:
+    raise MissingExtraError("the report", "tune") from error
+
+
+def render(summary: Summary) -> str:
+    """The report of a study as one self-contained HTML page.
+
+    Scripts and styles are inside; nothing is loaded from anywhere. Every text of the summary is escaped.
+
+    Args:
+        summary: what the study found.
+
+    >>> from normwise.tuning.records import Edge, NormSummary, Settings, Verdict
+    >>> edge = Edge(None, None, None, seeds=0)
+    >>> norm = NormSummary(
+    ...     "<b>mine</b>", "batch", "BatchNorm(64)", None, {}, edge, None, None, (), (), (), (), None, None, None, None,
+    ...     failures=0, ms_per_step=None, weight_norm=None, trials=0, parameters=None)
+    >>> settings = Settings(model="mlp", data="digits", norms=(("<b>mine</b>", "batch"),))
+    >>> verdict = Verdict("<b>mine</b>", None, "<b>mine</b>", "undecided", "Nothing trained.", ())
+    >>> page = render(Summary(settings, {}, None, (0.1, 1.0), (norm,), verdict, None, (), {}, 1.0, 0))
+    >>> "Nothing trained." in page, "&lt;b&gt;mine&lt;/b&gt;" in page, "<b>mine</b>" in page
+    (True, True, False)
+    """
+    figures = _figures(summary)
+    drawn = [figure for figure in figures.values() if figure]
+    return _template().render(
+        summary=summary,
+        settings=summary.settings,
+        title=_title(summary.settings),
+        evidence=_evidence(summary),
+        effort=f"{words.plural(summary.trials, 'training run')} in {words.duration(summary.seconds)}",
+        overview=tables.overview(summary),
+        declarations=tables.declarations(summary),
+        fixed=tables.settings_rows(summary.settings),
+        tolerance=tables.tolerance(summary),
+        horizon=_horizon(summary),
+        reproduce={key: value for key, value in summary.reproduce.items() if key != "command"},
+        figures=figures,
+        drawings=[figure.drawing for figure in drawn],
+        numbers={figure.name: number for number, figure in enumerate(drawn, start=1)},
+        plotly=Markup(get_plotlyjs()),  # noqa: S704 - plotly's own script, which no input reaches
+    )
+
+
+def write(summary: Summary, path: str | os.PathLike[str]) -> Path:
+    """Write the report to a file, all of it or nothing: a reader never finds half a page.
+
+    Raises:
+        StudyError: the file cannot be written.
+    """
+    target = Path(path)
+    page = render(summary)
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        draft.write_text(page, encoding="utf-8")
+        draft.replace(target)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        why = f"{error.strerror}. Give a file name in a folder that exists and can be written."
+        raise StudyError(f"cannot write the report to {target}: {why}") from error
+    return target
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("normwise.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
+    return environment.get_template("report.html")
+
+
+def _figures(summary: Summary) -> dict[str, Figure | None]:
+    """Every figure by its place in the page; None where the study has no data for it."""
+    return {
+        "rates": rates.figure(summary),
+        "confirmation": confirmation.scores(summary),
+        "pairs": confirmation.pairs(summary),
+        "curves": curves.figure(summary),
+        "edges": stability.edges(summary),
+        "sensitivity": stability.sensitivity(summary),
+    }
+
+
+def _title(settings: Settings) -> str:
+    subject = settings.model if settings.own_loop or not settings.data else f"{settings.model} on {settings.data}"
+    return f"Normalizations for {subject}"
+
+
+def _evidence(summary: Summary) -> list[str]:
+    """What the answer rests on: the scores of the two best and of the recommended one, and their differences."""
+    verdict = summary.verdict
+    labels = dict.fromkeys([verdict.recommended, verdict.winner, verdict.runner_up])
+    known = {norm.label: norm for norm in summary.norms}
+    lines = [_score_line(norm, summary.settings) for label in labels if label and (norm := known.get(label))]
+    pairs = [pair for pair in verdict.comparisons if {pair.better, pair.other} <= set(labels)]
+    return lines + [confirmation.sentence(pair, summary.settings) for pair in pairs]
+
+
+def _score_line(norm: NormSummary, settings: Settings) -> str:
+    if norm.mean is None:
+        return f"{norm.label}: no score; no confirmation seed gave one."
+    metric, seeds = settings.metric.replace("_", " "), words.plural(len(norm.scores), "fresh seed")
+    failed = f", of which {norm.failures} did not train" if norm.failures else ""
+    rate = "" if norm.lr_best is None else f" at learning rate {words.number(norm.lr_best)}"
+    return f"{norm.label}: mean {metric} {words.measured(norm, settings.unit)} over {seeds}{failed}{rate}."
+
+
+def _horizon(summary: Summary) -> str:
+    """Winner and runner-up at the study's steps and at twice as many, in words."""
+    found = summary.horizon
+    if found is None:
+        return "Winner and runner-up were not run again at twice the steps, so whether the lead lasts is not known."
+    lead, doubled = (
+        _lead(value, found.winner, found.runner_up, summary.settings) for value in (found.lead, found.lead_doubled)
+    )
+    turn = " The order reverses: train longer before you rely on this answer." if found.reversed else ""
+    return f"At {found.steps:,} steps {lead}; at {2 * found.steps:,} steps {doubled}.{turn}"
+
+
+def _lead(value: float, winner: str, runner_up: str, settings: Settings) -> str:
+    ahead, behind = (winner, runner_up) if value >= 0 else (runner_up, winner)
+    amount = words.with_unit(words.score(abs(value), settings.unit), words.difference_unit(settings))
+    return f"{ahead} leads {behind} by {amount}"
