@@ -9,7 +9,7 @@ INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt --editable
 .PHONY: tune test lint clean
 
 tune: .venv/tune.stamp
-	$(BIN)/normwise tune --out runs/digits --resume
+	$(BIN)/normwise tune --out runs/digits $(if $(wildcard runs/digits/study.db),--resume)
 
 test: .venv/dev.stamp
 	$(BIN)/pytest --numprocesses 2 --cov --cov-report term:skip-covered

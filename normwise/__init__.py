@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from normwise import functional, textbook
+from normwise.errors import MissingExtraError, NormwiseError, PatternError, ShapeError, StudyError, TooFewSamplesError
 from normwise.layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, LayerNorm2d, RMSNorm, RMSNorm2d
 from normwise.memory import Average, Frozen, Moving
 from normwise.norm import Norm
 from normwise.normalizers import RMS, Standardize
 from normwise.recoveries import Affine, Scale
+
+if TYPE_CHECKING:
+    from normwise.study import Study, tune
 
 __version__ = "0.1.0"
 
@@ -20,10 +27,39 @@ __all__ = [
     "InstanceNorm",
     "LayerNorm",
     "LayerNorm2d",
+    "MissingExtraError",
     "Moving",
     "Norm",
+    "NormwiseError",
+    "PatternError",
     "RMSNorm",
     "RMSNorm2d",
     "Scale",
+    "ShapeError",
     "Standardize",
+    "Study",
+    "StudyError",
+    "TooFewSamplesError",
+    "functional",
+    "textbook",
+    "tune",
 ]
+
+_TUNING = ("Study", "tune")
+
+
+def __getattr__(name: str) -> Any:
+    """`tune` and `Study` are loaded when they are first asked for, because they need the optional packages."""
+    if name not in _TUNING:
+        raise AttributeError(f"module 'normwise' has no attribute {name!r}")
+    try:
+        from normwise import study
+    except ImportError as error:
+        if (error.name or "").startswith("normwise"):  # not an optional package, but a fault of ours
+            raise
+        raise MissingExtraError(f"normwise.{name}", "tune") from error
+    return getattr(study, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_TUNING))

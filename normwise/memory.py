@@ -148,16 +148,20 @@ def commit(memory: Memory, kept: Sequence[Tensor], batch: Sequence[Tensor], batc
     Raises:
         ValueError: an average of all batches that nobody counts.
     """
-    rate = memory.update_rate
-    if rate is None and batches is None:
-        raise ValueError(f"{memory} needs to know the number of batches, and nobody counts them")
     finite = torch.cat([statistic.reshape(-1) for statistic in batch]).isfinite().all()
     for old, new in zip(kept, batch, strict=True):
         entering = torch.where(finite, new.to(old.dtype), old)
-        weight = rate if rate is not None else (batches + 1).to(old.dtype).reciprocal()
-        old.lerp_(entering, weight)
+        old.lerp_(entering, _rate(memory, batches, old.dtype))
     if batches is not None:
         batches.add_(finite)
+
+
+def _rate(memory: Memory, batches: Tensor | None, dtype: torch.dtype) -> Tensor | float:
+    if memory.update_rate is not None:
+        return memory.update_rate
+    if batches is None:
+        raise ValueError(f"{memory} needs to know the number of batches, and nobody counts them")
+    return (batches + 1).to(dtype).reciprocal()
 
 
 def _complement(weight: float) -> float:

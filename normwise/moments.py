@@ -18,7 +18,7 @@ class Moments(NamedTuple):
     Masks, sub-batches, past batches and other processes are all `merge`.
     """
 
-    count: Tensor | int
+    count: Tensor | int  # type: ignore[assignment]  # hides tuple.count, which nobody counts with
     mean: Tensor
     m2: Tensor
 
