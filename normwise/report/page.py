@@ -111,13 +111,14 @@ def _title(settings: Settings) -> str:
 
 
 def _evidence(summary: Summary) -> list[str]:
-    """What the answer rests on: the scores of the two best and of the recommended one, and their differences."""
+    """What the answer rests on: the two best and the recommended one, their differences, and whether the lead lasts."""
     verdict = summary.verdict
     labels = dict.fromkeys([verdict.recommended, verdict.winner, verdict.runner_up])
     known = {norm.label: norm for norm in summary.norms}
     lines = [_score_line(norm, summary.settings) for label in labels if label and (norm := known.get(label))]
     pairs = [pair for pair in verdict.comparisons if {pair.better, pair.other} <= set(labels)]
-    return lines + [confirmation.sentence(pair, summary.settings) for pair in pairs]
+    lines += [confirmation.sentence(pair, summary.settings) for pair in pairs]
+    return lines + ([] if summary.horizon is None else [_horizon(summary)])
 
 
 def _score_line(norm: NormSummary, settings: Settings) -> str:

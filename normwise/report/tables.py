@@ -103,7 +103,7 @@ def tolerated(norm: NormSummary, threshold: str) -> str:
 
 def _stacked(text: str) -> str:
     """A number over its range, so that columns stay narrow."""
-    return text.replace(" (", "\n(", 1)
+    return text.replace(" (", "\n(", 1).replace("; ", ";\n")
 
 
 def reference(norms: tuple[NormSummary, ...]) -> NormSummary:
