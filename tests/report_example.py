@@ -231,6 +231,9 @@ def _trial(network: Network, phase: Phase, lr: float, seed: int, chance: random.
         test_loss=None if phase == "select" else loss * 1.05,
         weight_norm=network.weight * (1 + 0.1 * lr),
         curve=_curve(loss * 0.6, chance),
+        weights=tuple(
+            (step, 24.0 + (network.weight * (1 + 0.1 * lr) - 24.0) * step / STEPS) for step in range(0, STEPS + 1, 10)
+        ),
         seconds=0.4,
     )
 

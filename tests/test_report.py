@@ -96,7 +96,7 @@ def cells(page: str, heading: str) -> list[str]:
 
 def figures(summary: Summary) -> list[Figure | None]:
     confirmed = [confirmation.scores(summary), confirmation.pairs(summary)]
-    return [rates.figure(summary), *confirmed, curves.figure(summary), *stable(summary)]
+    return [rates.figure(summary), *confirmed, curves.losses(summary), *stable(summary), curves.weights(summary)]
 
 
 def stable(summary: Summary) -> list[Figure | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -15,7 +16,13 @@ from normwise.tuning.records import Comparison, Edge, Record, Request, Summary
 
 def drawn(summary: Summary) -> list[Figure | None]:
     confirmed = [confirmation.scores(summary), confirmation.pairs(summary)]
-    return [rates.figure(summary), *confirmed, curves.figure(summary), stability.sensitivity(summary)]
+    return [
+        rates.figure(summary),
+        *confirmed,
+        curves.losses(summary),
+        curves.weights(summary),
+        stability.sensitivity(summary),
+    ]
 
 
 def trial(lr: float, seed: int, outcome: str, loss: float | None, norm: str = "batch") -> Record:
@@ -142,17 +149,27 @@ def test_the_median_curve_ends_where_half_of_the_seeds_have_diverged() -> None:
     whole = Record(request, "trains", curve=((0, 2.0), (1, 1.0), (2, 0.5)))
     other = Record(request, "trains", curve=((0, 2.2), (1, 1.4), (2, 0.7)))
     spiked = Record(request, "diverged", curve=((0, 2.4), (1, 9.0)))
-    assert curves.median_curve((whole, other, spiked)) == {0: 2.2, 1: 1.4, 2: 0.7}
-    assert curves.median_curve((whole, spiked)) == {0: 2.2, 1: 5.0}
+    losses = attrgetter("curve")
+    assert curves.median_curve((whole, other, spiked), losses) == {0: 2.2, 1: 1.4, 2: 0.7}
+    assert curves.median_curve((whole, spiked), losses) == {0: 2.2, 1: 5.0}
+
+
+def test_the_norm_of_the_weights_is_drawn_over_the_steps() -> None:
+    figure = curves.weights(report_example.one())
+    assert figure
+    assert figure.finding == "Median ‖W‖ at the end: batch 43.4."
+    assert figure.traces[-1]["x"][0] == 0
+    assert figure.traces[-1]["y"][0] == 24.0
+    assert figure.layout["yaxis"]["title"]["text"] == "‖W‖"
 
 
 def test_curves_draw_each_seed_and_the_median_for_hovering() -> None:
-    figure = curves.figure(report_example.one())
+    figure = curves.losses(report_example.one())
     assert figure
     thin = [trace for trace in figure.traces if trace["mode"] == "lines"]
     assert len(thin) == 10
-    assert thin[0]["meta"] == ["batch, seed 1000", "nats"]
-    assert figure.traces[-1]["meta"] == ["batch, median", "nats"]
+    assert thin[0]["meta"] == ["batch, seed 1000", "training loss", "nats"]
+    assert figure.traces[-1]["meta"] == ["batch, median", "training loss", "nats"]
 
 
 def test_ratios_are_to_none_or_else_to_the_smallest() -> None:

@@ -55,7 +55,8 @@ def test_a_line_learns_a_line() -> None:
     assert record.score is not None
     assert record.score > 90
     assert record.test_loss is None
-    assert record.weight_norm is not None
+    assert record.weights[0][0] == 0
+    assert record.weights[-1] == (record.request.steps, record.weight_norm)
     assert [step for step, _ in record.curve] == list(range(1, 41))
     assert record.first_loss == record.curve[0][1]
     assert record.tail_loss == pytest.approx(sum(loss for _, loss in record.curve[-4:]) / 4)

@@ -99,9 +99,10 @@ def _figures(summary: Summary) -> dict[str, Figure | None]:
         "rates": rates.figure(summary),
         "confirmation": confirmation.scores(summary),
         "pairs": confirmation.pairs(summary),
-        "curves": curves.figure(summary),
+        "curves": curves.losses(summary),
         "edges": stability.edges(summary),
         "sensitivity": stability.sensitivity(summary),
+        "weights": curves.weights(summary),
     }
 
 

@@ -48,6 +48,7 @@ class Record:
     test_loss: float | None = None  # test loss at the end, in evaluation mode; None in selection
     weight_norm: float | None = None  # L2 norm of all parameters of two or more dimensions, at the end
     curve: tuple[tuple[int, float], ...] = ()  # (step, training loss), at most 100 points, finite ones only
+    weights: tuple[tuple[int, float], ...] = ()  # (step, L2 norm as weight_norm), about 20 points; built-in training
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,8 +58,11 @@ class Record:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """What `to_dict` gave, JSON in between or not."""
-        curve = tuple((int(step), float(loss)) for step, loss in data["curve"])
-        return cls(**{**data, "request": Request(**data["request"]), "curve": curve})
+        series = {
+            name: tuple((int(step), float(value)) for step, value in data.get(name, ()))
+            for name in ("curve", "weights")
+        }
+        return cls(**{**data, **series, "request": Request(**data["request"])})
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from normwise.errors import StudyError
@@ -88,7 +89,8 @@ def weight_norm(model: nn.Module) -> float:
     >>> weight_norm(nn.Bilinear(1, 1, 1, bias=False).requires_grad_(False).apply(lambda m: m.weight.fill_(-3.0)))
     3.0
     """
-    squares = [float(p.detach().double().square().sum()) for p in model.parameters() if p.ndim >= 2]
+    sized = (p for p in model.parameters() if not is_lazy(p))
+    squares = [float(p.detach().double().square().sum()) for p in sized if p.ndim >= 2]
     return math.sqrt(sum(squares))
 
 

@@ -26,6 +26,7 @@ from normwise.tuning.user import blame
 
 TRAINS = 0.5  # of chance
 _POINTS = 100  # of a stored loss curve
+_WEIGHT_POINTS = 20  # of a stored curve of the weights' norm
 
 OwnLoop = Callable[..., Any]
 
@@ -99,8 +100,8 @@ def _built_in(problem: Problem, request: Request, model: nn.Module) -> Record:
     training = Training(
         model, data.train, problem.settings, problem.loss, lr=request.lr, seed=request.seed, steps=request.steps
     )
-    losses = _losses(training, request.steps)
-    record = _logged(request, list(enumerate(losses, start=1)))
+    losses, weights = _train(training, request.steps)
+    record = replace(_logged(request, list(enumerate(losses, start=1))), weights=thin(weights))
     if not (math.isfinite(losses[-1]) and training.finite()):
         return record
     outputs = predict(model, data.validation.inputs)
@@ -117,13 +118,18 @@ def _built_in(problem: Problem, request: Request, model: nn.Module) -> Record:
     return replace(record, outcome=_outcome(record, problem.chance), score=score)
 
 
-def _losses(training: Training, steps: int) -> list[float]:
+def _train(training: Training, steps: int) -> tuple[list[float], list[tuple[int, float]]]:
+    """The loss of every step, and the norm of the weights before the first and at about 20 steps on the way."""
     losses: list[float] = []
-    for _ in range(steps):
+    weights = [(0, weight_norm(training.model))]
+    every = max(1, steps // _WEIGHT_POINTS)
+    for step in range(1, steps + 1):
         losses.append(training.step())
         if not math.isfinite(losses[-1]) and not training.finite():
             break
-    return losses
+        if step % every == 0 or step == steps:
+            weights.append((step, weight_norm(training.model)))
+    return losses, weights
 
 
 def _score(problem: Problem, outputs: Tensor, targets: Tensor, loss: float) -> float:
