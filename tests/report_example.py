@@ -231,11 +231,13 @@ def _trial(network: Network, phase: Phase, lr: float, seed: int, chance: random.
         test_loss=None if phase == "select" else loss * 1.05,
         weight_norm=network.weight * (1 + 0.1 * lr),
         curve=_curve(loss * 0.6, chance),
-        weights=tuple(
-            (step, 24.0 + (network.weight * (1 + 0.1 * lr) - 24.0) * step / STEPS) for step in range(0, STEPS + 1, 10)
-        ),
+        weights=_growth(24.0, network.weight * (1 + 0.1 * lr)),
         seconds=0.4,
     )
+
+
+def _growth(start: float, end: float) -> tuple[tuple[int, float], ...]:
+    return tuple((step, start + (end - start) * step / STEPS) for step in range(0, STEPS + 1, 10))
 
 
 def _curve(end: float, chance: random.Random) -> tuple[tuple[int, float], ...]:

@@ -227,7 +227,7 @@ def test_each_figure_has_a_finding_and_its_data_as_a_table(page: str) -> None:
         assert plot["aria-label"] == f"{figure.title}. {figure.finding}"
         assert len(figure.table.rows) >= 5
         assert {len(row) for row in figure.table.rows} == {len(figure.table.columns)}
-    assert sum(tag == "details" for tag, _ in elements) == len(plots) == 6
+    assert sum(tag == "details" for tag, _ in elements) == len(plots) == 7
 
 
 def test_an_own_loop_without_losses_leaves_out_what_needs_them_and_says_why() -> None:

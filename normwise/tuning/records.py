@@ -6,6 +6,7 @@ them, `report` draws them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
@@ -58,11 +59,12 @@ class Record:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """What `to_dict` gave, JSON in between or not."""
-        series = {
-            name: tuple((int(step), float(value)) for step, value in data.get(name, ()))
-            for name in ("curve", "weights")
-        }
-        return cls(**{**data, **series, "request": Request(**data["request"])})
+        curve, weights = (_points(data.get(name, ())) for name in ("curve", "weights"))
+        return cls(**{**data, "request": Request(**data["request"]), "curve": curve, "weights": weights})
+
+
+def _points(pairs: Iterable[Sequence[float]]) -> tuple[tuple[int, float], ...]:
+    return tuple((int(step), float(value)) for step, value in pairs)
 
 
 @dataclass(frozen=True)
