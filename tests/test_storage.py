@@ -1,5 +1,6 @@
 """Optuna keeps the study: what goes in comes out, and what goes wrong is said."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -99,3 +100,18 @@ def test_a_password_is_never_shown() -> None:
         storage.create("postgresql+nosuchdriver://ada:secret@host/db", "one", SETTINGS, FACTS)
     assert "secret" not in str(caught.value)
     assert "ada:***@host" in str(caught.value)
+
+
+def test_a_trial_that_ran_twice_counts_once(url: str) -> None:
+    store = storage.create(url, "one", SETTINGS, FACTS)
+    store.add(TRAINED)
+    store.add(replace(TRAINED, score=1.0))
+    assert store.records() == [TRAINED]
+
+
+def test_a_study_has_begun_when_its_settings_are_there(url: str) -> None:
+    assert not storage.begun(url, "one")
+    optuna.create_study(storage=url, study_name="one")
+    assert not storage.begun(url, "one")
+    storage.create(url, "one", SETTINGS, FACTS, replace=True)
+    assert storage.begun(url, "one")

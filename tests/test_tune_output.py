@@ -67,12 +67,39 @@ def test_files_of_others_keep_their_folder(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["thesis.tex"]
 
 
+STUDY_FILES = ("report.html", "study.db", "summary.json", "trials.csv")
+
+
+def finished_study(folder: Path) -> None:
+    for name in (*STUDY_FILES, "thesis.tex"):
+        (folder / name).write_text("old")
+
+
 def test_force_removes_a_study_and_nothing_else(tmp_path: Path) -> None:
-    for name in ("study.db", "trials.csv", "summary.json", "report.html", "thesis.tex"):
-        (tmp_path / name).touch()
+    finished_study(tmp_path)
+    with output.Folder(tmp_path, resume=False, force=True) as folder:
+        assert not any((tmp_path / name).exists() for name in STUDY_FILES)
+        folder.keep()
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_force_puts_the_old_study_back_if_nothing_comes_of_the_new_one(tmp_path: Path) -> None:
+    finished_study(tmp_path)
     with output.Folder(tmp_path, resume=False, force=True):
-        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-    assert (tmp_path / "thesis.tex").exists()
+        (tmp_path / "study.db").write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted((*STUDY_FILES, "thesis.tex"))
+    assert all(path.read_text() == "old" for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", [{"resume": True, "force": False}, {"resume": False, "force": True}], ids=str)
+def test_two_studies_never_run_in_one_folder(tmp_path: Path, how: dict[str, bool]) -> None:
+    with output.Folder(tmp_path / "a", resume=False, force=False) as folder:
+        (tmp_path / "a" / "study.db").touch()
+        folder.keep()
+        with pytest.raises(StudyError) as caught:
+            output.Folder(tmp_path / "a", **how)
+        assert str(caught.value) == f"{tmp_path / 'a'} is in use: another study is running in it"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["study.db"]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

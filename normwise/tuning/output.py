@@ -7,15 +7,18 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
+
+from filelock import FileLock, Timeout
 
 from normwise.errors import StudyError
 from normwise.tuning.records import Record, Summary
 
 STUDY, TRIALS, SUMMARY, REPORT = "study.db", "trials.csv", "summary.json", "report.html"
+LOCK = ".lock"  # there while a study is running
 _FILES = (STUDY, f"{STUDY}-journal", TRIALS, SUMMARY, REPORT)
 _ENDS = {"low": -math.inf, "high": math.inf}  # of a comparison's interval, where too few seeds bound it
 _MEASURED = ("outcome", "score", "first_loss", "tail_loss", "val_loss", "test_loss", "weight_norm", "seconds")
@@ -41,10 +44,13 @@ def check(out: Path, *, resume: bool, force: bool) -> None:
 
 
 class Folder:
-    """The folder made, and emptied of an earlier study with `force`; taken away again unless something is kept.
+    """The folder made and locked; taken away again unless something is kept.
 
-    Only the files that a study writes are ever removed, and only folders that were made here. `out` may be None: then
-    there is nothing to do.
+    With `force` an earlier study is set aside, and put back if nothing is kept of the new one. Only the files that a
+    study writes are ever touched, and only folders that were made here are removed. `out` may be None: then there is
+    nothing to do.
+
+    Raises StudyError when the folder cannot be written to, or another process is at work in it.
     """
 
     def __init__(self, out: Path | None, *, resume: bool, force: bool) -> None:
@@ -55,30 +61,54 @@ class Folder:
         self._made = [folder for folder in (out, *out.parents) if not folder.exists()]
         try:
             out.mkdir(parents=True, exist_ok=True)
-            if force:
-                _clear(out)
+            self._lock = FileLock(out / LOCK)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise StudyError(f"{out} is in use: another study is running in it") from None
         except OSError as error:
             raise StudyError(f"{out} cannot be written to: {error.strerror}") from error
+        if force:
+            _move(out, _plain, _aside)
 
     def keep(self) -> None:
         """Something worth keeping is in it now."""
+        if not self._kept and self._out is not None:
+            _clear(self._out, _aside)
         self._kept = True
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._kept or self._out is None:
+        if self._out is None:
             return
-        _clear(self._out)
-        for folder in self._made:
+        if not self._kept:
+            _clear(self._out, _plain)
+            _move(self._out, _aside, _plain)
+        self._lock.release()
+        (self._out / LOCK).unlink(missing_ok=True)
+        for folder in [] if self._kept else self._made:
             with suppress(OSError):  # someone else's file is in it by now
                 folder.rmdir()
 
 
-def _clear(out: Path) -> None:
+def _plain(name: str) -> str:
+    return name
+
+
+def _aside(name: str) -> str:
+    return f".{name}.replaced"
+
+
+def _move(out: Path, source: Callable[[str], str], target: Callable[[str], str]) -> None:
     for name in _FILES:
-        (out / name).unlink(missing_ok=True)
+        if (out / source(name)).exists():
+            (out / source(name)).replace(out / target(name))
+
+
+def _clear(out: Path, named: Callable[[str], str]) -> None:
+    for name in _FILES:
+        (out / named(name)).unlink(missing_ok=True)
 
 
 def write(out: Path, name: str, text: str) -> Path:

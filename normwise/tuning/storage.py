@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.engine import make_url
 
 from normwise.errors import StudyError
-from normwise.tuning.records import Record, Settings
+from normwise.tuning.records import Record, Request, Settings
 
 _RATES = FloatDistribution(1e-30, 1e30, log=True)
 _WHOLE = IntDistribution(0, 2**62)
@@ -51,8 +51,12 @@ class Store:
             optuna.delete_study(study_name=self.study.study_name, storage=self.storage)
 
     def records(self) -> list[Record]:
-        """Every finished trial, in the order they finished."""
-        return [Record.from_dict(trial.user_attrs[_RECORD]) for trial in self.study.get_trials(deepcopy=False)]
+        """Every finished trial, in the order they finished; one that two machines ran counts once."""
+        records: dict[Request, Record] = {}
+        for trial in self.study.get_trials(deepcopy=False):
+            record = Record.from_dict(trial.user_attrs[_RECORD])
+            records.setdefault(record.request, record)
+        return list(records.values())
 
     def add(self, record: Record) -> None:
         """Write one finished trial."""
@@ -80,6 +84,18 @@ def create(url: str | None, name: str, settings: Settings, facts: dict[str, str]
         study.set_user_attr(_FACTS, facts)
         study.set_user_attr(_SETTINGS, settings.to_dict())
     return Store(study, storage, settings, facts)
+
+
+def begun(url: str, name: str) -> bool:
+    """Whether a storage holds the study, and all of it that is written before the first trial.
+
+    Raises StudyError when the storage cannot be reached.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = _connect(url)
+    with _reached(shown(url)):
+        known = name in optuna.get_all_study_names(storage)
+        return known and _SETTINGS in optuna.load_study(study_name=name, storage=storage).user_attrs
 
 
 def open_study(url: str, name: str) -> Store:
