@@ -223,8 +223,10 @@ def test_a_failure_of_the_one_behind_does_not_hide_that_it_is_worse():
     alone = judge(scores, direction="max", margin=0.5)
     assert pair(alone, "batch", "none").verdict == "undecided"
     verdict = judge(scores, direction="max", margin=0.5, trained={"none": NONE[:-1]})
-    assert pair(verdict, "batch", "none").verdict == "better"
-    assert pair(verdict, "batch", "none").difference == pytest.approx(98.0 - 90.7)
+    found = pair(verdict, "batch", "none")
+    assert found.verdict == "better"
+    assert found.difference == pytest.approx(np.mean(BATCH) - np.mean(scores["none"]))
+    assert found.low < np.mean(BATCH) - np.mean(NONE[:-1]) < found.difference < found.high
 
 
 def test_a_failure_of_the_one_ahead_counts():
@@ -234,16 +236,17 @@ def test_a_failure_of_the_one_ahead_counts():
     assert pair(verdict, "batch", "none").verdict == "undecided"
 
 
-def test_a_pair_with_a_failure_is_never_equivalent():
+@pytest.mark.parametrize("failures", [8, 9, 10])
+def test_what_fails_most_of_the_time_is_worse(failures):
+    good = spread(95.0, 1.0, 10)
+    scores = {"a": good, "b": [*good[failures:], *[10.0] * failures]}
+    verdict = judge(scores, direction="max", margin=0.5, trained={"b": good[failures:]})
+    assert pair(verdict, "a", "b").verdict == "better"
+
+
+def test_a_pair_of_which_one_fails_now_and_then_is_not_equivalent():
     same = spread(95.0, 0.1, 10)
     whole = judge({"a": same, "b": same}, direction="max", margin=0.5)
     assert pair(whole, "a", "b").verdict == "equivalent"
     failed = judge({"a": same, "b": [*same[1:], 10.0]}, direction="max", margin=0.5, trained={"b": same[1:]})
     assert pair(failed, "a", "b").verdict == "undecided"
-
-
-def test_the_sentence_when_the_runner_up_is_better_where_it_does_not_fail():
-    scores = {"a": spread(95.0, 0.1, 10), "b": [*spread(97.0, 0.1, 9), 10.0]}
-    verdict = judge(scores, direction="max", margin=0.5, trained={"b": scores["b"][:-1]})
-    assert verdict.winner == "a"
-    assert "but it is 2.00 points behind b where that does not fail (95 % interval" in verdict.sentence

@@ -57,11 +57,6 @@ class Entry:
     whole: Sample
     trained: Sample
 
-    @property
-    def failed(self) -> bool:
-        """Whether some seed did."""
-        return self.whole != self.trained
-
 
 @dataclass(frozen=True)
 class Rules:
@@ -90,9 +85,9 @@ def judge(
     recommended (default: the order given). `rates`, the learning rates, are only quoted in the sentence. Without any
     scores the winner is the empty string.
 
-    `trained` are the scores of the seeds that did not fail, where some did. A pair is judged without the failures of
-    the one that is behind: with them its mean is lower still, so what holds against the rest holds against all, while
-    a single failure among ten would widen the interval until nothing could be said.
+    `trained` are the scores of the seeds that did not fail, where some did. What is better than the others of a rival's
+    seeds is better than all of them, so a pair's lower bound may leave out the failures of the one behind: a single
+    one among ten would widen the interval until nothing could be said.
 
     Raises StudyError for a label without scores, a score that is not finite, and a negative margin.
 
@@ -201,34 +196,43 @@ def _headline_width(a: Sample, b: Sample, rules: Rules, more: int = 0) -> float:
 def _comparisons(entries: Sequence[Entry], rules: Rules) -> tuple[Comparison, ...]:
     """Every pair, best means first. The headline's bound, where it holds, holds for all the winner's leads at once."""
     winner, *others = entries
-    leads = ((winner.whole, other.trained) for other in others)
-    joint = min((a.mean - b.mean - _headline_width(a, b, rules) for a, b in leads), default=-math.inf)
+    joint = min((_lower(winner, other, rules, _headline_width) for other in others), default=-math.inf)
     return tuple(_compare(a, b, rules, joint if a is winner else None) for a, b in combinations(entries, 2))
+
+
+def _lower(ahead: Entry, behind: Entry, rules: Rules, width: Width, more: int = 0) -> float:
+    """The lower bound of a difference: with all seeds, or without the failures of the one behind, whichever is higher.
+
+    Failures only lower the mean of the one behind, so a bound that holds against its other seeds holds a fortiori.
+    """
+    a, rivals = ahead.whole, [behind.whole]
+    if behind.trained.mean > behind.whole.mean:
+        rivals.append(behind.trained)
+    return max(a.mean - b.mean - width(a, b, rules, more) for b in rivals)
 
 
 def _compare(ahead: Entry, behind: Entry, rules: Rules, joint: float | None) -> Comparison:
     """One pair; `joint` is the headline's bound where the one ahead is the winner."""
-    better, other, a, b, margin = ahead.label, behind.label, ahead.whole, behind.trained, rules.margin
-    failed = ahead.failed or behind.failed
-    difference, half = a.mean - b.mean, _pair_width(a, b, rules)
-    low, high = difference - half, difference + half
+    better, other, margin = ahead.label, behind.label, rules.margin
+    difference = ahead.whole.mean - behind.whole.mean
+    low, high = _lower(ahead, behind, rules, _pair_width), difference + _pair_width(ahead.whole, behind.whole, rules)
     if joint is not None and joint > margin:
         low = max(low, joint)
     if low > margin:
         return Comparison(better, other, difference, low, high, "better")
-    if not failed and -2 * margin <= low and high <= 2 * margin:
+    if -2 * margin <= low and high <= 2 * margin:
         return Comparison(better, other, difference, low, high, "equivalent")
-    more = _more_seeds(a, b, rules, _pair_width if joint is None else _headline_width, failed)
+    more = _more_seeds(ahead, behind, rules, _pair_width if joint is None else _headline_width)
     return Comparison(better, other, difference, low, high, "undecided", more)
 
 
-def _more_seeds(a: Sample, b: Sample, rules: Rules, width: Width, failed: bool) -> int | None:
+def _more_seeds(ahead: Entry, behind: Entry, rules: Rules, width: Width) -> int | None:
     """How many seeds more would decide, if means and variances stayed as they are; None where too many would not."""
+    a, b = ahead.whole, behind.whole
 
     def decided(more: int) -> bool:
-        difference, margin = a.mean - b.mean, rules.margin
-        better = difference - width(a, b, rules, more) > margin
-        return better or (not failed and difference + _pair_width(a, b, rules, more) <= 2 * margin)
+        better = _lower(ahead, behind, rules, width, more) > rules.margin
+        return better or a.mean - b.mean + _pair_width(a, b, rules, more) <= 2 * rules.margin
 
     if math.isinf(a.variance + b.variance) or not decided(MOST_MORE_SEEDS):
         return None
@@ -354,12 +358,9 @@ class Wording:
         closest, rest = open_[0], [c.other for c in open_[1:]]
         also = f"; nor is its lead over {listed(rest)}" if rest else ""
         simpler = "" if recommended == winner else ", its equivalent and simpler"
-        lead = f"its lead of {self.gap(closest.difference)} over {self.name(closest.other)} is not settled"
-        if closest.difference < 0:
-            behind = f"{self.gap(-closest.difference)} behind {self.name(closest.other)}"
-            lead = f"it is {behind} where that does not fail"
         return (
-            f"Undecided: {self.name(winner)} has the best mean, {mean}, but {lead} ({self.interval(closest)}, margin "
+            f"Undecided: {self.name(winner)} has the best mean, {mean}, but its lead of {self.gap(closest.difference)} "
+            f"over {self.name(closest.other)} is not settled ({self.interval(closest)}, margin "
             f"{self.gap(self.margin)}){also}; {seeds_needed(open_)}. Until then use {self.name(recommended)}{simpler}."
         )
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean, median, stdev
 from typing import Any, TypeVar
 
 from scipy.special import stdtrit
 
-from normwise.tuning.judge import Wording, judge, rate_text, seeds_needed
+from normwise.tuning.caveats import HEADLINE, caveats, fractions, ignores_steps, wording
+from normwise.tuning.judge import Wording, judge, rate_text
 from normwise.tuning.norms import NormChoice
 from normwise.tuning.outcomes import Trials, best_rate, diverge_edge, sensitivity, train_edges
 from normwise.tuning.records import Comparison, Edge, Horizon, NormSummary, Phase, Record, Settings, Summary, Verdict
 from normwise.tuning.search import confirmation_scores, declared_rates, imputed_score, reference_loss, selection
 
-HEADLINE = "0.5"  # the share of chance that lr_train and the margin are read at
 CONFIDENCE = 0.95
 MISSING = "-"
 Number = TypeVar("Number", int, float)
@@ -59,8 +59,9 @@ def summarize(
         for label, declaration in settings.norms
     }
     norms = tuple(_norm(settings, records, layers[label], scores.get(label, ()), chance) for label in layers)
-    verdict = _judged(settings, norms)
-    horizon = _horizon(settings, records, verdict, scores, chance)
+    verdict = _withheld(_judged(settings, norms), tuple(fractions(settings, norms)))
+    repeated = ignores_steps(settings, norms)
+    horizon = None if repeated else _horizon(settings, records, verdict, scores, chance)
     rates = declared_rates(settings)
     return Summary(
         settings=settings,
@@ -70,7 +71,7 @@ def summarize(
         norms=norms,
         verdict=verdict,
         horizon=horizon,
-        warnings=tuple(_warnings(settings, norms, verdict, horizon, imputed_score(settings, records, chance))),
+        warnings=tuple(caveats(settings, norms, verdict, horizon, imputed_score(settings, records, chance))),
         reproduce=dict(reproduce),
         seconds=seconds,
         trials=len(records),
@@ -79,7 +80,7 @@ def summarize(
 
 def rows(summary: Summary) -> list[tuple[str, ...]]:
     """The results as a table of text, the heading first, then one row a normalization."""
-    return [HEADER, *(_row(norm, _wording(summary.settings)) for norm in summary.norms)]
+    return [HEADER, *(_row(norm, wording(summary.settings)) for norm in summary.norms)]
 
 
 def summary_from_dict(data: dict[str, Any]) -> Summary:
@@ -220,6 +221,13 @@ def _judged(settings: Settings, norms: Sequence[NormSummary]) -> Verdict:
     )
 
 
+def _withheld(verdict: Verdict, faults: tuple[str, ...]) -> Verdict:
+    """The verdict, or none where the scores cannot mean what the margin takes them to mean."""
+    if not faults:
+        return verdict
+    return replace(verdict, kind="undecided", sentence=f"No verdict: {faults[0]}.")
+
+
 def _trained(norm: NormSummary) -> tuple[float, ...]:
     return tuple(r.score for r in norm.confirmation if r.outcome == "trains" and r.score is not None)
 
@@ -250,87 +258,7 @@ def _horizon(
     )
 
 
-# Warnings, the gravest first
-
-
-def _warnings(
-    settings: Settings,
-    norms: Sequence[NormSummary],
-    verdict: Verdict,
-    horizon: Horizon | None,
-    worst: float | None,
-) -> Iterator[str]:
-    yield from _fractions(settings, norms)
-    yield from _reversal(settings, horizon)
-    yield from _boundaries(settings, norms)
-    yield from _undecided(verdict)
-    yield from _failures(settings, norms, worst)
-
-
-def _fractions(settings: Settings, norms: Sequence[NormSummary]) -> Iterator[str]:
-    """A loop that returns 0.93 where 93 % is meant makes every difference smaller than the margin."""
-    scores = [r.score for norm in norms for r in (*norm.selection, *norm.confirmation) if r.score is not None]
-    inside = bool(scores) and all(0 <= score <= 1 for score in scores)
-    if settings.own_loop and settings.unit == "%" and settings.margin >= 0.1 and inside:
-        yield (
-            f"scores look like fractions: all lie between 0 and 1, while the margin of {settings.margin:g} is in "
-            "points of percent. The verdict cannot be trusted: return 100 times the score, or give a margin that fits"
-        )
-
-
-def _reversal(settings: Settings, horizon: Horizon | None) -> Iterator[str]:
-    if horizon is not None and horizon.reversed:
-        gap = _wording(settings).gap
-        yield (
-            f"reversal: {horizon.winner} leads {horizon.runner_up} by {gap(horizon.lead)} at {horizon.steps} steps, "
-            f"but {horizon.runner_up} leads by {gap(-horizon.lead_doubled)} at {2 * horizon.steps}. "
-            "Judge again with the number of steps that you will train for"
-        )
-
-
-def _boundaries(settings: Settings, norms: Sequence[NormSummary]) -> Iterator[str]:
-    wider = "widen --lrs" if settings.lrs is not None else "the search goes no further"
-    for norm in norms:
-        rates = sorted({r.request.lr for r in norm.selection})
-        if norm.lr_best is None:
-            yield f"no rate: every selection trial of {norm.label} diverged; it was not confirmed"
-        elif norm.lr_best in (rates[0], rates[-1]):
-            end = "smallest" if norm.lr_best == rates[0] else "largest"
-            yield (
-                f"boundary: the best learning rate of {norm.label}, {rate_text(norm.lr_best)}, is the {end} one "
-                f"tried, so a better one may lie beyond; {wider}"
-            )
-        edge = norm.lr_train.get(HEADLINE)
-        if edge is not None and edge.censored:
-            yield (
-                f"boundary: {norm.label} still trains at {rate_text(rates[-1])}, the largest learning rate tried, "
-                f"for {edge.censored} of {edge.seeds} seeds, so its lr_train is a lower bound; {wider}"
-            )
-
-
-def _undecided(verdict: Verdict) -> Iterator[str]:
-    """The winner's open pairs; those behind it are in the table of pairs, and change nothing about the answer."""
-    for pair in verdict.comparisons:
-        if pair.verdict == "undecided" and pair.better == verdict.winner:
-            yield f"undecided: {pair.better} against {pair.other}; {seeds_needed([pair])}"
-
-
-def _failures(settings: Settings, norms: Sequence[NormSummary], worst: float | None) -> Iterator[str]:
-    wording = _wording(settings)
-    for norm in norms:
-        diverged = sum(r.score is None for r in norm.confirmation)
-        imputed = ""
-        if diverged and worst is not None:
-            imputed = f"; {diverged} diverged and count as {wording.value(worst)}, the worst score or chance level"
-        if norm.failures:
-            yield f"failures: {norm.failures} of {len(norm.confirmation)} seeds of {norm.label} did not train{imputed}"
-
-
 # Text
-
-
-def _wording(settings: Settings) -> Wording:
-    return Wording(settings.unit, settings.margin, means={}, rates={})
 
 
 def _row(norm: NormSummary, wording: Wording) -> tuple[str, ...]:
@@ -341,12 +269,18 @@ def _row(norm: NormSummary, wording: Wording) -> tuple[str, ...]:
         _shown(norm.lr_best, rate_text),
         _edge_text(norm.lr_train.get(HEADLINE), "at least"),
         _edge_text(norm.lr_diverge, "none up to"),
-        _shown(norm.margin_octaves, "{:.1f} oct".format),
+        _margin_text(norm),
         _shown(norm.sensitivity, "{:.3g}".format),
         f"{norm.failures}/{len(norm.confirmation)}",
         _shown(norm.ms_per_step, "{:.2f}".format),
         _shown(norm.parameters, "{:,}".format),
     )
+
+
+def _margin_text(norm: NormSummary) -> str:
+    edge = norm.lr_train.get(HEADLINE)
+    beyond = "at least " if edge is not None and edge.censored else ""
+    return MISSING if norm.margin_octaves is None else f"{beyond}{norm.margin_octaves:.1f} oct"
 
 
 def _edge_text(edge: Edge | None, beyond: str) -> str:
