@@ -71,7 +71,10 @@ def tune(
     batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 128,
     loss: Annotated[str, typer.Option(help="cross_entropy, mse, or module:function.")] = "cross_entropy",
     metric: Annotated[
-        str | None, typer.Option(help="accuracy, loss; with --train name:max, name:min. [default: accuracy]")
+        str | None,
+        typer.Option(
+            help="accuracy, loss; with --train name:max, name:min. [default: accuracy; loss for other losses]"
+        ),
     ] = None,
     optimizer: Annotated[str, typer.Option(help="sgd, momentum, or adamw.")] = "sgd",
     schedule: Annotated[str, typer.Option(help="constant, or cosine.")] = "constant",
@@ -132,10 +135,13 @@ def report(
 def explain(
     pattern: Annotated[str, typer.Argument(help="For example '[n] c [...]'.")],
     shape: Annotated[str, typer.Argument(help="For example 32,64,56,56.")],
+    sizes: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME=SIZE", help="Sizes of axes, for example g=8.")
+    ] = None,
 ) -> None:
     """Say what a normalization does to a tensor of a shape, in its four steps."""
     with _plainly():
-        typer.echo(Norm(pattern).explain(_shape(shape)))
+        typer.echo(Norm(pattern, sizes=dict(map(_size, sizes or ()))).explain(_shape(shape)))
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -143,6 +149,13 @@ def _shape(text: str) -> tuple[int, ...]:
     if not all(size.strip().isdecimal() for size in sizes):
         raise StudyError(f"shape {text!r}: write whole numbers with commas between them, as in 32,64,56,56")
     return tuple(int(size) for size in sizes)
+
+
+def _size(text: str) -> tuple[str, int]:
+    name, equals, size = text.partition("=")
+    if not (name and equals and size.isdecimal()):
+        raise StudyError(f"size {text!r}: write the name of an axis and a whole number, as in g=8")
+    return name, int(size)
 
 
 def _answer(study: Study, folder: Path) -> str:

@@ -143,7 +143,8 @@ def tune(
         data: "digits", "wine", `module:function`, a function, or (train, validation, test) itself; each an (X, y) pair,
             a map-style Dataset or a DataLoader. Of (train, test), a quarter of train becomes the validation data.
         train: A training loop of your own, `train(model, lr=, seed=, trial=)`, that returns the metric and may call
-            `trial.log(step, loss)`; it brings its own data, loss and optimizer. Test where `trial.phase` is "confirm".
+            `trial.log(step, loss)`; it brings its own data, loss and optimizer. Use test data
+            where `trial.phase` is not "select".
         norms: none, rms, layer, group:G, instance, batch, and patterns such as "mine=[n] c [...]".
         lrs: "auto" for a grid that widens by itself, "LOW:HIGH:COUNT", or the rates.
         seeds: Seeds that select the learning rate.
@@ -216,6 +217,8 @@ def carry_out(plan: Plan, place: Place, *, progress: bool = True) -> Study:
 def _store(plan: Plan, place: Place) -> storage.Store:
     if not place.resume or place.url is None:
         return storage.create(place.url, place.study_name, plan.settings, plan.facts, replace=place.force)
+    if place.storage is None and not storage.begun(place.url, place.study_name):  # killed in its first moments
+        return storage.create(place.url, place.study_name, plan.settings, plan.facts, replace=True)
     store = storage.open_study(place.url, place.study_name)
     different = plan.settings.differences(store.settings)
     if different:

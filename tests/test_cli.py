@@ -40,6 +40,10 @@ def train(model, lr, seed, trial):
         file.write(f"{os.getpid()} {trial.phase} {lr} {seed} {type(model[1]).__name__}\\n")
     return 50 + torch.rand(1).item() * 10
 
+def talking(model, lr, seed, trial):
+    print("epoch 1")
+    return 50 + torch.rand(1).item() * 10
+
 def failing(model, lr, seed, trial):
     raise RuntimeError("out of luck")
 
@@ -109,6 +113,18 @@ def test_json_is_alone_on_standard_output(folder: Path, capsys: pytest.CaptureFi
     assert printed == Path("here/summary.json").read_text()
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_json_is_alone_even_when_the_loop_prints(workers: str, folder: Path) -> None:
+    (folder / "loud.py").write_text(f"print('imported'){LOOP}")
+    words = ["--norms", "batch,none", "--lrs", "0.25:1:2", "--seeds", "1", "--confirm", "2", "--workers", workers]
+    process = start(folder, "tune", "loud:model", "--train", "loud:talking", *words, "--json", "--out", "here")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out == (folder / "here" / "summary.json").read_text()
+    assert err.count("epoch 1") == 2 * 2 * 1 + 2 * 2
+    assert err.count("imported") == 1 + int(workers)
+
+
 def test_a_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("tune", *QUICK, "--dry-run") == 0
     assert "trials            about 12" in capsys.readouterr().out
@@ -118,6 +134,8 @@ def test_a_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[st
 def test_explain_prints_the_four_steps(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("explain", "[n] c [...]", "32,64,56,56") == 0
     assert capsys.readouterr().out == f"{normwise.Norm('[n] c [...]').explain((32, 64, 56, 56))}\n"
+    assert call("explain", "n (g [k]) [h w]", "2,6,4,4", "g=2", "w=4") == 0
+    assert capsys.readouterr().out == f"{normwise.Norm('n (g [k]) [h w]', g=2, w=4).explain((2, 6, 4, 4))}\n"
 
 
 @pytest.mark.parametrize(
@@ -150,6 +168,9 @@ def test_explain_prints_the_four_steps(capsys: pytest.CaptureFixture[str]) -> No
         ("tune --resume", "runs/mlp-digits has no study to resume: leave --resume out to start one"),
         ("report .", ". holds no finished study: there is no summary.json in it"),
         ("explain [n 3,4", "'[' is never closed\n  [n\n  ^"),
+        ("explain [n] 3 n", "size 'n': write the name of an axis and a whole number, as in g=8"),
+        ("explain [n] 3 n=-3", "size 'n=-3': write the name of an axis and a whole number, as in g=8"),
+        ("explain [n] 3 =3", "size '=3': write the name of an axis and a whole number, as in g=8"),
         ("explain [n] 3,x", "shape '3,x': write whole numbers with commas between them, as in 32,64,56,56"),
     ],
 )
@@ -187,6 +208,22 @@ def test_without_its_packages_it_says_how_to_get_them(
         "error: the command line needs packages that are not installed: pip install 'normwise[tune]' "
         "(typer is missing)\n"
     )
+
+
+def test_ctrl_c_while_packages_are_imported_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupting:
+        """An import that Ctrl-C interrupts."""
+
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "normwise.commands":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "normwise.commands", raising=False)
+    assert call("tune") == 130
+    assert capsys.readouterr() == ("", "")
 
 
 # ------------------------------------------------------------------------------------------- interrupted and killed

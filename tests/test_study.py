@@ -147,7 +147,8 @@ def test_ctrl_c_keeps_what_is_done_and_resume_goes_on(tmp_path: Path) -> None:
 def test_a_failing_trial_keeps_what_is_done(tmp_path: Path) -> None:
     out = tmp_path / "own"
     with pytest.raises(
-        StudyError, match=r"raised RuntimeError: out of luck \(test_study.py:\d+\); 3 finished trials are"
+        StudyError,
+        match=r"raised RuntimeError: out of luck \(test_study.py:\d+\); a loop may .*; 3 finished trials are",
     ):
         tune(deep, train=Loop(3, RuntimeError("out of luck")), **OWN, out=out)
     assert files(out) == ["study.db"]
@@ -271,3 +272,15 @@ def test_the_same_request_gives_the_same_record(study: Study) -> None:
     for mine, other in zip(study.records, again.records, strict=True):
         assert isinstance(mine.request, Request)
         assert (mine.request, mine.score, mine.curve) == (other.request, other.score, other.curve)
+
+
+def test_a_loop_that_follows_neither_its_seed_nor_its_steps_is_warned_of() -> None:
+    def train(model: nn.Module, lr: float, seed: int, trial: Any) -> float:
+        return 90.0 - abs(math.log2(lr))
+
+    summary = tune(deep, train=train, **{**OWN, "steps": 50}).summary
+    assert summary.horizon is None
+    assert any(warning.startswith("no spread: all ") for warning in summary.warnings)
+    assert any(
+        warning.startswith("horizon: at twice the steps every score is the same") for warning in summary.warnings
+    )

@@ -167,6 +167,52 @@ def test_a_loop_that_overflows_diverged(returned: Any) -> None:
     assert (record.outcome, record.score) == ("diverged", None)
 
 
+def test_a_loop_that_raises_after_it_has_diverged_diverged() -> None:
+    def lost(model: nn.Module, *, trial: Trial, **_: Any) -> float:
+        trial.log(0, 2.0)
+        trial.log(1, math.inf)
+        raise ValueError("probabilities contain NaN")
+
+    def overflown(model: nn.Module, **_: Any) -> float:
+        nn.init.constant_(next(model.parameters()), math.nan)
+        raise ValueError("probabilities contain NaN")
+
+    record = own(lost)
+    assert (record.outcome, record.score, record.first_loss, record.curve) == ("diverged", None, 2.0, ((0, 2.0),))
+    assert own(overflown).outcome == "diverged"
+
+
+@pytest.mark.parametrize(
+    ("losses", "outcome"),
+    [
+        ([4.0, 1.9], "trains"),
+        ([4.0, 2.0], "stuck"),
+        ([4.0, 400.0], "stuck"),
+        ([math.inf, 1.0], "stuck"),
+        ([4.0, math.inf, 1.0], "trains"),
+        ([4.0], "trains"),
+        ([], "trains"),
+    ],
+)
+def test_a_loop_trains_if_its_losses_end_below_half_of_the_first(losses: list[float], outcome: str) -> None:
+    def train(model: nn.Module, *, trial: Trial, **_: Any) -> float:
+        for step, loss in enumerate(losses):
+            trial.log(step, loss)
+        return 60.0
+
+    record = own(train)
+    assert (record.outcome, record.score) == (outcome, 60.0)
+
+
+def test_what_a_loop_prints_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    def train(model: nn.Module, **_: Any) -> float:
+        print("epoch 1")  # noqa: T201 - where it goes is the test
+        return 60.0
+
+    own(train)
+    assert capsys.readouterr() == ("", "epoch 1\n")
+
+
 def test_a_loop_that_fails_stops_the_study() -> None:
     def failure(train: Any, settings: Settings = SETTINGS) -> str:
         with pytest.raises(StudyError) as caught:
@@ -178,6 +224,7 @@ def test_a_loop_that_fails_stops_the_study() -> None:
 
     trial = "trial (none at learning rate 0.5, seed 0, select)"
     assert failure(broken).startswith(f"{trial} raised KeyError: 'labels' (test_trial.py:")
+    assert failure(broken).endswith("); a loop may raise FloatingPointError to say that it diverged")
     assert failure(lambda model, **_: None) == "train returned None, a NoneType, not a number"
     assert failure(lambda model, **_: 250) == (
         "train returned 250, which is no accuracy in percent; say what it is with metric 'name:max' or 'name:min'"
@@ -228,3 +275,27 @@ def test_losses_are_found_and_shapes_are_not_broadcast() -> None:
         squared_error(torch.zeros(3), torch.zeros(3, 1))
     with pytest.raises(StudyError, match=r"^no loss named 'hinge'; there are cross_entropy, mse, or module:function"):
         find_loss("hinge")
+
+
+@pytest.mark.parametrize("where", ["loss", "weights"])
+def test_a_network_of_nans_has_diverged_though_it_has_an_accuracy(where: str) -> None:
+    def train(model: nn.Module, lr: float, seed: int, trial: Trial) -> float:
+        trial.log(0, 2.0)
+        trial.log(1, math.nan if where == "loss" else 1.0)
+        with torch.no_grad():
+            for parameter in model.parameters() if where == "weights" else ():
+                parameter.fill_(math.nan)
+        return 60.0
+
+    record = own(train)
+    assert record.outcome == "diverged"
+    assert record.score is None
+
+
+def test_a_spike_that_recovers_is_no_divergence() -> None:
+    def train(model: nn.Module, lr: float, seed: int, trial: Trial) -> float:
+        for step, loss in enumerate((2.0, math.inf, 0.5)):
+            trial.log(step, loss)
+        return 60.0
+
+    assert own(train).score == 60.0

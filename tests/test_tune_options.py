@@ -3,7 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+from torch.nn.functional import l1_loss
 
 from normwise.errors import StudyError
 from normwise.tuning.norms import parse_norms
@@ -34,6 +36,7 @@ def test_the_defaults() -> None:
         ("0.001:10:5", (0.001, 0.01, 0.1, 1.0, 10.0)),
         ("0.1:0.4:2", (0.1, 0.4)),
         ([1, 0.1, 1], (0.1, 1.0)),
+        (np.array([1, 0.1]), (0.1, 1.0)),
     ],
 )
 def test_rates(lrs: Any, rates: Any) -> None:
@@ -82,6 +85,16 @@ def test_metrics_and_margins_that_mean_nothing() -> None:
     )
     assert message(margin=0.0) == "margin=0.0: the smallest difference that matters is a positive number"
     assert settings(metric="loss", margin=0.01).margin == 0.01
+
+
+def test_what_a_loop_would_not_hear_of_is_refused() -> None:
+    rest = "does nothing with train: the loop brings its own"
+    assert message(own_loop=True, batch_size=7) == f"batch-size=7 {rest}"
+    assert message(own_loop=True, schedule="cosine") == f"schedule=cosine {rest}"
+    assert message(own_loop=True, loss="cross_entropy", optimizer="adamw", batch_size=64) == f"batch-size=64 {rest}"
+    with pytest.raises(StudyError, match=f"^loss=torch.nn.functional:l1_loss {rest}$"):
+        make_settings(Options(loss=l1_loss), model="m", data="d", loss="its own", choices=(), own_loop=True)
+    assert settings(own_loop=True, optimizer="adamw").optimizer == "adamw"
 
 
 def test_numbers_and_names_that_mean_nothing() -> None:

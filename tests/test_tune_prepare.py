@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -54,8 +55,8 @@ def test_the_plan_reads_well() -> None:
 
 
 def test_a_norm_that_cannot_work_is_named() -> None:
-    assert message(norms="instance").startswith("normalization 'instance' does not work here: ")
-    assert message(norms="n c [h w]").startswith("normalization 'n c [h w]' does not work here: ")
+    assert message(norms="instance").startswith("the model with normalization 'instance' does not run: ")
+    assert message(norms="n c [h w]").startswith("the model with normalization 'n c [h w]' does not run: ")
 
 
 def test_a_factory_that_ignores_its_norm_is_refused() -> None:
@@ -78,7 +79,7 @@ def test_outputs_that_fit_nothing_are_refused() -> None:
     name = "model 'test_tune_prepare:test_outputs_that_fit_nothing_are_refused.<locals>.model.<locals>.<lambda>'"
     assert message(model(nn.Flatten(0))) == f"{name} puts out (512,); cross_entropy needs (examples, classes)"
     assert "labels are beyond the model's 4 outputs" in message(model(nn.Identity()))
-    assert "normalization 'batch' does not work here: TypeError" in message(model(Pair()))
+    assert "the model with normalization 'batch' does not run: TypeError" in message(model(Pair()))
 
 
 def test_lazy_models_are_made_whole() -> None:
@@ -100,6 +101,23 @@ def test_a_loop_brings_its_data() -> None:
     assert message(train=train, data="wine") == "train brings its own data: leave data out"
     assert message(train=lambda model: 1.0).startswith("train 'test_tune_prepare:test_a_loop_brings_its_data.<locals>")
     assert "cannot be called as train(model, lr=, seed=, trial=)" in message(train=lambda model: 1.0)
+
+
+def test_what_the_users_code_prints_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    def factory(norm: Any) -> nn.Module:
+        print("a network")  # noqa: T201 - where it goes is the test
+        return nn.Sequential(norm(64), nn.Linear(64, 10))
+
+    asked = plan(factory, norms="none")
+    assert capsys.readouterr() == ("", "a network\n")
+    measure_steps(asked.problem, asked.checks)
+    assert capsys.readouterr() == ("", "a network\n")
+
+
+def test_rates_may_be_an_array() -> None:
+    asked = plan(lrs=np.array([0.5, 1.0]))
+    assert asked.settings.lrs == (0.5, 1.0)
+    assert asked.command == 'nw.tune("mlp", "digits", norms="batch,none", lrs=(0.5, 1.0))'
 
 
 def test_steps_are_timed_one_by_one() -> None:

@@ -123,7 +123,7 @@ def _he(model: nn.Module) -> nn.Module:
     return model
 
 
-_START = "He's normal, biases 0; the same weights from the same seed for every normalization"
+_START = "He's normal, biases 0; every trial from its own seed"
 
 
 def _sized_mlp(shape: tuple[int, ...], outputs: int) -> tuple[Factory, dict[str, str]]:

@@ -15,6 +15,7 @@ from normwise.tuning.data import BUILT_IN
 from normwise.tuning.norms import NormChoice
 from normwise.tuning.records import Direction, Settings
 from normwise.tuning.training import Loss
+from normwise.tuning.user import name_of
 
 DEFAULT_NORMS = "batch,layer,group,rms,none"
 AUTO = "auto"  # learning rates: a grid that widens by itself
@@ -67,6 +68,8 @@ def make_settings(
         _whole("steps", options.steps, 1)
     _known("optimizer", options.optimizer, OPTIMIZERS)
     _known("schedule", options.schedule, SCHEDULES)
+    if own_loop:
+        _left_to_the_loop(options)
     metric = read_metric(options.metric, loss, own_loop=own_loop)
     return Settings(
         model=model,
@@ -95,10 +98,8 @@ def read_rates(lrs: Rates) -> tuple[float, ...] | None:
     >>> read_rates("0.01:1:3")
     (0.01, 0.1, 1.0)
     """
-    if lrs == AUTO:
-        return None
     if isinstance(lrs, str):
-        return _grid(lrs)
+        return None if lrs == AUTO else _grid(lrs)
     rates = tuple(float(lr) for lr in lrs)
     if len(rates) < 2:
         raise StudyError(f"lrs has {len(rates)} learning rates; a comparison needs 2 or more")
@@ -177,6 +178,15 @@ def _device(device: str) -> str:
         reason = str(error).strip().splitlines()[0]
         raise StudyError(f"device {device!r} cannot be used: {reason}") from error
     return device
+
+
+def _left_to_the_loop(options: Options) -> None:
+    """Refuse what a loop of the user's own would not hear of. Of the optimizer it does not either, but the rates do."""
+    for name in ("loss", "batch_size", "schedule"):
+        value, default = getattr(options, name), getattr(Options, name)
+        if value != default:
+            shown = name_of(value) if callable(value) else value
+            raise StudyError(f"{name.replace('_', '-')}={shown} does nothing with train: the loop brings its own")
 
 
 def _whole(name: str, value: int, least: int) -> None:

@@ -5,7 +5,9 @@ Whatever is wrong with a factory, with shapes or with labels shows here, before 
 
 from __future__ import annotations
 
+import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -62,7 +64,7 @@ def preflight(problem: Problem) -> dict[str, Check]:
 
 def _check(problem: Problem, choice: NormChoice) -> Check:
     watched = _Watched(choice)
-    with seeded(problem.settings.base_seed), blame(f"normalization {choice.label!r} does not work here:"):
+    with seeded(problem.settings.base_seed), blame(f"the model with normalization {choice.label!r} does not run:"):
         model = problem.architecture.build(watched).to(problem.settings.device)
         if not watched.made:
             raise StudyError(
@@ -110,7 +112,8 @@ def measure_steps(problem: Problem, checks: dict[str, Check]) -> dict[str, float
         return dict.fromkeys(problem.choices)
     train = data.train.to(problem.settings.device)
     times: dict[str, list[float]] = {label: [] for label in problem.choices}
-    with one_thread(), seeded(problem.settings.base_seed), blame("timing a step raised"):
+    quiet = redirect_stdout(sys.stderr)
+    with quiet, one_thread(), seeded(problem.settings.base_seed), blame("timing a step raised"):
         runs = {label: _training(problem, _model(problem, label), train) for label in problem.choices}
         for _ in range(_ROUNDS):
             for label, training in runs.items():

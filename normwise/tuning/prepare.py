@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from dataclasses import dataclass
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from normwise.errors import StudyError
@@ -73,10 +75,17 @@ class Plan:
 
 
 def make_plan(model: str | Factory, data: Source, train: str | OwnLoop | None, options: Options) -> Plan:
-    """Read, check and try everything that a study needs, without writing anything.
+    """Read, check and try everything that a study needs, without writing anything; what is printed goes to stderr.
 
     Raises StudyError that names the culprit.
     """
+    with redirect_stdout(sys.stderr):
+        return _plan(model, data, train, options)
+
+
+def _plan(model: str | Factory, data: Source, train: str | OwnLoop | None, options: Options) -> Plan:
+    if not isinstance(options.lrs, str):
+        options = replace(options, lrs=tuple(map(float, options.lrs)))  # an array is compared item by item
     choices = parse_norms(options.norms)
     if train is None:
         problem = _built_in(model, data, options, choices)
@@ -164,9 +173,9 @@ def _facts(problem: Problem, checks: dict[str, Check]) -> dict[str, str]:
 
 
 def _steps(problem: Problem, data: Data) -> str:
-    steps = problem.settings.steps or 0
-    full_batches = max(1, len(data.train) // problem.settings.batch_size)
-    return f"{steps}, which is {steps / full_batches:.1f} epochs; twice as many for winner and runner-up"
+    steps, examples = problem.settings.steps or 0, len(data.train)
+    seen = steps * min(problem.settings.batch_size, examples)
+    return f"{steps}, which is {seen / examples:.1f} epochs; twice as many for winner and runner-up"
 
 
 def _batch(problem: Problem, data: Data, checks: dict[str, Check]) -> str:

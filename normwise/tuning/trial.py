@@ -2,29 +2,33 @@
 
 *Diverged* means non-finite at the end; a spike that recovers is none. *Trains* means that the training loss, averaged
 over the last tenth of the steps, and the validation loss in evaluation mode are both below half of chance (below the
-first loss, where the loss is the user's own and chance is unknown). Everything else is *stuck*.
+first loss, where the loss is the user's own and chance is unknown). Everything else is *stuck*. Of a training loop of
+the user's own only the logged losses are known: it trains if they end below half of the first.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from normwise.errors import StudyError
+from normwise.errors import NormwiseError, StudyError
 from normwise.tuning.data import Data
 from normwise.tuning.models import Architecture
 from normwise.tuning.norms import NormChoice
 from normwise.tuning.records import Outcome, Phase, Record, Request, Settings
 from normwise.tuning.seeding import seeded
 from normwise.tuning.training import Loss, Training, accuracy, predict, weight_norm
-from normwise.tuning.user import blame
+from normwise.tuning.user import blame, one_line
 
-TRAINS = 0.5  # of chance
+TRAINS = 0.5  # of chance, or of the first loss of the user's own loop
 _POINTS = 100  # of a stored loss curve
 _WEIGHT_POINTS = 20  # of a stored curve of the weights' norm
 
@@ -69,12 +73,12 @@ class Trial:
 
 
 def run(problem: Problem, request: Request) -> Record:
-    """Run one trial from its seed; the caller's random numbers are left alone.
+    """Run one trial from its seed; the caller's random numbers are left alone, and what is printed goes to stderr.
 
-    Raises StudyError when the user's code raises anything but FloatingPointError.
+    Raises StudyError when the user's code raises anything, unless it is their own loop and has diverged.
     """
     started = time.perf_counter()
-    with seeded(request.seed), blame(f"trial ({describe(request)}) raised"):
+    with redirect_stdout(sys.stderr), seeded(request.seed), blame(f"trial ({describe(request)}) raised"):
         choice = problem.choices[request.norm]
         model = problem.architecture.build(choice).to(problem.settings.device)
         record = _own_loop(problem, request, model) if problem.data is None else _built_in(problem, request, model)
@@ -150,23 +154,56 @@ def _own_loop(problem: Problem, request: Request, model: nn.Module) -> Record:
     if problem.train is None:
         raise StudyError("a study without data needs a training loop, train=")
     trial = Trial(request.phase, request.steps)
-    try:
-        returned = problem.train(model, lr=request.lr, seed=request.seed, trial=trial)
-    except FloatingPointError:
-        returned = math.nan
+    returned = _returned(problem.train, request, model, trial)
     try:
         score = _number(returned)
     except (TypeError, ValueError, RuntimeError) as error:
         raise StudyError(f"train returned {returned!r}, a {type(returned).__name__}, not a number") from error
     record = _logged(request, trial.losses)
-    if not math.isfinite(score):
+    # A network of NaNs still has an accuracy: argmax answers something.
+    if not math.isfinite(score) or _non_finite(model, trial.losses[-1:]):
         return record
     if problem.settings.metric == "accuracy" and not 0 <= score <= 100:
         raise StudyError(
             f"train returned {score:.6g}, which is no accuracy in percent; "
             "say what it is with metric 'name:max' or 'name:min'"
         )
-    return replace(record, outcome="trains", score=score, weight_norm=_finite(weight_norm(model)))
+    outcome = _own_outcome(record, trial.losses)
+    return replace(record, outcome=outcome, score=score, weight_norm=_finite(weight_norm(model)))
+
+
+def _returned(train: OwnLoop, request: Request, model: nn.Module, trial: Trial) -> Any:
+    """What the loop returns; NaN where it raised because it had diverged."""
+    try:
+        return train(model, lr=request.lr, seed=request.seed, trial=trial)
+    except FloatingPointError:
+        return math.nan
+    except Exception as error:
+        if _non_finite(model, trial.losses):
+            return math.nan
+        if isinstance(error, NormwiseError):
+            raise
+        raise StudyError(
+            f"trial ({describe(request)}) raised {one_line(error)}; "
+            "a loop may raise FloatingPointError to say that it diverged"
+        ) from error
+
+
+def _non_finite(model: nn.Module, losses: Sequence[tuple[int, float]]) -> bool:
+    """Whether one of the losses or of the parameters is not finite."""
+    if not all(math.isfinite(loss) for _, loss in losses):
+        return True
+    known = (parameter for parameter in model.parameters() if not is_lazy(parameter))
+    return not all(bool(parameter.isfinite().all()) for parameter in known)
+
+
+def _own_outcome(record: Record, losses: Sequence[tuple[int, float]]) -> Outcome:
+    """Chance is unknown here: below half of this trial's first loss. Fewer than two losses tell nothing of training."""
+    if len(losses) < 2:
+        return "trains"
+    if record.first_loss is None or record.tail_loss is None:
+        return "stuck"
+    return "trains" if record.tail_loss < TRAINS * record.first_loss else "stuck"
 
 
 def _number(value: Any) -> float:

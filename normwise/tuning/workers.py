@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from types import TracebackType
 from typing import Any, Self
 
@@ -140,6 +140,7 @@ def _exit_with(parent: int) -> None:
 
 def _work(request: Request) -> Record:
     if "packed" in _problem:
-        with blame("the study could not be unpacked in a worker process (try workers=0):"):
+        unpacking = blame("the study could not be unpacked in a worker process (try workers=0):")
+        with redirect_stdout(sys.stderr), unpacking:  # it imports the user's modules
             _problem["problem"] = pickle.loads(_problem.pop("packed"))  # noqa: S301 - written by the parent process
     return run(_problem["problem"], request)
