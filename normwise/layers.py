@@ -149,7 +149,8 @@ class InstanceNorm(_Remembering, _InstanceNorm):  # type: ignore[misc]  # eps is
         device: Of parameters and buffers.
         dtype: Of parameters; buffers are float32 at least.
 
-    Differences from torch: one class for every rank, always with the batch axis; the memory format is kept.
+    Differences from torch: one class for every rank, always with the batch axis (torch takes (c, h, w) for one example;
+    here three dimensions are always (n, c, l)); the memory format is kept.
 
     Raises:
         TooFewSamplesError: when a channel of an example has one value.

@@ -149,11 +149,15 @@ class Norm(nn.Module):
 
     def _uses_memory(self) -> bool:
         memory = self.spec.memory
-        return memory is not None and not (self.training and memory.updates)
+        return memory is not None and not (self.training and memory.updates) and self._has_buffers()
 
     def _commits(self) -> bool:
         memory = self.spec.memory
-        return memory is not None and memory.updates and self.training
+        return memory is not None and memory.updates and self.training and self._has_buffers()
+
+    def _has_buffers(self) -> bool:
+        """Whether the memory is there: torch's habit is to set the buffers to None to switch it off."""
+        return all(self._buffers[f"running_{name}"] is not None for name in self.spec.normalizer.remembers)
 
     def _commit(self, plan: Plan, moments: Moments) -> None:
         memory = self.spec.memory

@@ -54,6 +54,7 @@ def batch_norm(
 
     Raises:
         ShapeError: X has another rank than 2 or 4, or a parameter another number of elements.
+        ValueError: momentum is outside of [0, 1].
         TooFewSamplesError: in training, one value a column.
 
     >>> X = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
@@ -74,6 +75,8 @@ def batch_norm(
     for name, value in {"gamma": gamma, "beta": beta, "moving_mean": moving_mean, "moving_var": moving_var}.items():
         if value.numel() != columns:
             raise ShapeError(f"{name} has {value.numel()} elements, X has {columns} columns: shape {tuple(X.shape)}")
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum is a weight between 0 and 1, not {momentum}")
     training = torch.is_grad_enabled() if training is None else training
     mean, var = moving_mean.detach(), moving_var.detach()
     wide = wide_dtype(X)

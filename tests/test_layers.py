@@ -326,3 +326,12 @@ def test_a_parameter_can_be_taken_away(case: Case, name: str) -> None:
 def test_sizes_may_be_numpys_integers(make: type) -> None:
     numpy = pytest.importorskip("numpy")
     assert make(numpy.int64(5)).weight.shape == (5,)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_buffers_set_to_none_switch_the_memory_off_as_in_torch(training: bool) -> None:
+    ours, twin = nw.BatchNorm(3).train(training), nn.BatchNorm1d(3).train(training)
+    for layer in (ours, twin):
+        layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+    x = torch.randn(5, 3) + 4
+    check(ours(x), twin(x), VALUES)
