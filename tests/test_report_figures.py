@@ -97,8 +97,24 @@ def test_a_failed_seed_is_a_cross_at_the_edge_and_says_so() -> None:
     assert points["marker"]["symbol"].count("x") == 1
     at = points["marker"]["symbol"].index("x")
     assert points["x"][at] == figure.layout["xaxis"]["range"][0]
-    assert "stuck; counted as this score" in points["hovertext"][at]
+    assert "<br>stuck<br>" in points["hovertext"][at]
     assert "10.30*" in figure.table.rows[-1][3]
+    assert "10.30**" not in figure.table.rows[-1][3]
+
+
+def test_only_the_score_of_a_diverged_seed_is_said_to_be_imputed() -> None:
+    summary = report_example.example()
+    last = summary.norms[-1]
+    gone = tuple(
+        replace(record, outcome="diverged", score=None) if record.outcome == "stuck" else record
+        for record in last.confirmation
+    )
+    figure = confirmation.scores(replace(summary, norms=(*summary.norms[:-1], replace(last, confirmation=gone))))
+    assert figure
+    points = figure.traces[-2]
+    assert "<br>diverged; counted as this score" in points["hovertext"][points["marker"]["symbol"].index("x")]
+    assert "10.30**" in figure.table.rows[-1][3]
+    assert figure.table.columns[3].name == "Every seed (* stuck, ** diverged and imputed)"
 
 
 def test_the_axis_holds_every_interval_where_all_seeds_trained() -> None:

@@ -8,12 +8,14 @@ from typing import Literal
 from normwise.report import words
 from normwise.report.figures import INK, MUTED, PAPER, Figure, Json, Mark, axis, hover, marks, padded, rows, short
 from normwise.report.tables import Table, table
-from normwise.tuning.records import Comparison, NormSummary, Record, Settings, Summary
+from normwise.tuning.records import Comparison, NormSummary, Outcome, Record, Settings, Summary
 
 _PITCH = 56  # pixels between rows
 _PAIR_PITCH = 44
 _BELOW, _JITTER = 0.24, 0.16  # of a row: how far the seeds lie below their mean, and apart from one another
 _MOST_PAIRS = 15  # drawn; more than that of 6 normalizations would hide the ones that matter
+_FAILED: dict[Outcome, str] = {"trains": "", "stuck": "stuck", "diverged": "diverged; counted as this score"}
+_STARS: dict[Outcome, str] = {"trains": "", "stuck": "*", "diverged": "**"}
 _VERDICTS: dict[str, tuple[str, str]] = {
     "better": ("circle", "var(--series-0)"),
     "equivalent": ("square", "var(--series-2)"),
@@ -41,8 +43,9 @@ def scores(summary: Summary) -> Figure | None:
         title=f"{heading} on confirmation seeds",
         finding=_scores_finding(order, settings),
         reading="Every point is one fresh seed at the normalization's own best learning rate; a cross is a seed that "
-        "did not train, drawn at the edge where its imputed score lies beyond it. The diamond is the mean, the bar its "
-        "95 % interval. Intervals are conditional on the split of the data.",
+        "did not train, drawn at the edge where its score lies beyond it. A stuck seed counts with the score that it "
+        "reached, a diverged one with an imputed score. The diamond is the mean, the bar its 95 % interval. Intervals "
+        "are conditional on the split of the data.",
         table=_scores_table(order, settings),
         traces=traces,
         layout=rows([short(norm.label) for norm in order], _PITCH, xaxis=axis(title, range=reach), showlegend=False),
@@ -124,10 +127,11 @@ def _describe(norm: NormSummary, score: float, record: Record | None, settings: 
     shown = words.with_unit(words.score(score, settings.unit), settings.unit)
     if record is None:
         return hover(norm.label, shown)
-    failed = "" if _trained(record) else f"{record.outcome}; counted as this score"
     loss = words.with_unit(words.number(record.test_loss, 4), words.loss_unit(settings))
     seed = f"seed {record.request.seed}, learning rate {words.number(record.request.lr)}"
-    return hover(norm.label, f"{shown}", seed, failed, "" if record.test_loss is None else f"test loss {loss}")
+    return hover(
+        norm.label, f"{shown}", seed, _FAILED[record.outcome], "" if record.test_loss is None else f"test loss {loss}"
+    )
 
 
 def _mean(norm: NormSummary, row: int, settings: Settings) -> Json:
@@ -167,12 +171,14 @@ def _scores_table(order: list[NormSummary], settings: Settings) -> Table:
             words.measured(norm, settings.unit),
             words.with_unit(words.score(norm.median, settings.unit), settings.unit),
             ", ".join(
-                f"{words.score(score, settings.unit)}{'' if _trained(seed) else '*'}" for score, seed in _seeds(norm)
+                f"{words.score(score, settings.unit)}{_STARS[seed.outcome if seed else 'trains']}"
+                for score, seed in _seeds(norm)
             ),
         )
         for norm in order
     ]
-    return table("Normalization", "Mean [95 % interval]", "Median", "Every seed (* did not train, imputed)", rows=rows)
+    every = "Every seed (* stuck, ** diverged and imputed)"
+    return table("Normalization", "Mean [95 % interval]", "Median", every, rows=rows)
 
 
 def _drawn(summary: Summary) -> list[Comparison]:

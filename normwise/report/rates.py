@@ -274,7 +274,8 @@ def _finding(summary: Summary, measure: Measure) -> str:
 def _reading(measure: Measure, strip: bool, above: bool) -> str:
     parts = [
         "Every point is one seed: filled if it trained, open if it is stuck.",
-        "The line joins the seeds' medians; the large mark is the best learning rate.",
+        "The line joins the seeds' medians.",
+        "The large mark is the best learning rate, which is chosen by score, not by loss.",
     ]
     if strip:
         parts.append("A cross in the rows on top is a seed that diverged.")

@@ -62,7 +62,7 @@ def _overview_columns(settings: Settings) -> tuple[Column, ...]:
         ),
         Column("Margin", "octaves", "log₂(lr_train / lr_best): how many doublings the best rate lies below the edge."),
         Column("Sensitivity", loss, "Mean excess loss over the declared range of rates: what a wrong rate costs."),
-        Column("Failures", "seeds", "Confirmation seeds that did not train; their scores are imputed."),
+        Column("Failures", "seeds", "Confirmation seeds that did not train; one that diverged has an imputed score."),
         Column("Time", "ms a step", "Time of one training step, measured alone after the study."),
         Column("‖W‖", "", "L2 norm of all weight matrices and kernels at the end, median over confirmation seeds."),
         Column("Trials", "runs", "Training runs that the study spent on this normalization."),
