@@ -52,12 +52,18 @@ class Standardize:
 
     Args:
         eps: Added to the variance, in its unit.
+
+    Raises:
+        ValueError: eps is negative or not finite.
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("mean", "var")
     needs_two: ClassVar[bool] = True
 
     eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _check_eps(self.eps)
 
     def normalize(self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Normalized:
         """(x - mean) / sqrt(var + eps) with the mean and biased variance over `dims`."""
@@ -89,6 +95,9 @@ class RMS:
     Args:
         eps: Added to the mean square. None: the machine epsilon of the input's dtype, as `torch.nn.RMSNorm` has it.
 
+    Raises:
+        ValueError: eps is negative or not finite.
+
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
 
@@ -96,6 +105,10 @@ class RMS:
     needs_two: ClassVar[bool] = False
 
     eps: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.eps is not None:
+            _check_eps(self.eps)
 
     def normalize(self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Normalized:
         """x / sqrt(mean(x^2) + eps) with the mean square over `dims`, returned as moments about 0."""
@@ -122,6 +135,11 @@ class RMS:
 
     def _eps(self, dtype: torch.dtype) -> float:
         return torch.finfo(dtype).eps if self.eps is None else self.eps
+
+
+def _check_eps(eps: float) -> None:
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps is a finite number from 0 on, not {eps}")
 
 
 def _inverse_root(mean_square: Tensor, eps: float, scale: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import normwise as nw
 from normwise import RMS, Norm, Standardize
 from normwise.moments import Moments
 from normwise.normalizers import Normalized
@@ -112,3 +114,10 @@ def test_a_declared_normalizer_of_ones_own_runs() -> None:
 def test_the_gradient_of_a_normalizer_of_ones_own_is_right() -> None:
     x = torch.randn(3, 5, dtype=DOUBLE_DTYPE, requires_grad=True)
     assert torch.autograd.gradcheck(Norm("n [d]", ByLargest()), (x,))
+
+
+@pytest.mark.parametrize("make", [Standardize, RMS, lambda eps: nw.BatchNorm(3, eps), lambda eps: nw.RMSNorm(3, eps)])
+@pytest.mark.parametrize("eps", [-1e-5, float("nan"), float("inf")])
+def test_an_eps_that_is_none_is_refused(make: Callable[[float], object], eps: float) -> None:
+    with pytest.raises(ValueError, match=f"^eps is a finite number from 0 on, not {eps}$"):
+        make(eps)
