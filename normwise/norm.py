@@ -124,7 +124,7 @@ class Norm(nn.Module):
             buffer = self._buffers.get(f"running_{name}")
             if buffer is not None and not is_lazy(buffer):
                 buffer.fill_(_START.get(name, 0.0))
-        counter = self._counter()
+        counter = self._buffers["num_batches_tracked"]
         if counter is not None:
             counter.zero_()
 

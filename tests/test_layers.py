@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -335,3 +336,11 @@ def test_buffers_set_to_none_switch_the_memory_off_as_in_torch(training: bool) -
         layer.running_mean = layer.running_var = layer.num_batches_tracked = None
     x = torch.randn(5, 3) + 4
     check(ours(x), twin(x), VALUES)
+
+
+@pytest.mark.parametrize("make", [nw.BatchNorm, lambda c: nw.InstanceNorm(c, track_running_stats=True)])
+def test_a_reset_forgets_the_batches_a_checkpoint_had_counted(make: Callable[[int], nn.Module]) -> None:
+    layer = make(3)
+    layer.load_state_dict({**layer.state_dict(), "num_batches_tracked": torch.tensor(7)})
+    layer.reset_running_stats()
+    assert layer.num_batches_tracked == 0
