@@ -5,9 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from normwise import functional, textbook
-from normwise.errors import MissingExtraError, NormwiseError, PatternError, ShapeError, StudyError, TooFewSamplesError
+from normwise.errors import (
+    MissingExtraError,
+    NonFiniteError,
+    NormwiseError,
+    PatternError,
+    RecomputeError,
+    ShapeError,
+    StudyError,
+    TooFewSamplesError,
+)
 from normwise.layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, LayerNorm2d, RMSNorm, RMSNorm2d
-from normwise.memory import Average, Frozen, Moving
+from normwise.memory import Average, Frozen, Moving, Renorm
+from normwise.modes import accumulate, domain, freeze, no_update, unfreeze
 from normwise.norm import Norm
 from normwise.normalizers import RMS, Standardize
 from normwise.recoveries import Affine, Scale
@@ -29,20 +39,28 @@ __all__ = [
     "LayerNorm2d",
     "MissingExtraError",
     "Moving",
+    "NonFiniteError",
     "Norm",
     "NormwiseError",
     "PatternError",
     "RMSNorm",
     "RMSNorm2d",
+    "RecomputeError",
+    "Renorm",
     "Scale",
     "ShapeError",
     "Standardize",
     "Study",
     "StudyError",
     "TooFewSamplesError",
+    "accumulate",
+    "domain",
+    "freeze",
     "functional",
+    "no_update",
     "textbook",
     "tune",
+    "unfreeze",
 ]
 
 _TUNING = ("Study", "tune")

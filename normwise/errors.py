@@ -23,6 +23,14 @@ class TooFewSamplesError(NormwiseError, ValueError):
     """Fewer than two samples in a column that is to be standardized."""
 
 
+class NonFiniteError(NormwiseError, ArithmeticError):
+    """A batch whose statistics are not finite, where the memory's policy is to raise."""
+
+
+class RecomputeError(NormwiseError, RuntimeError):
+    """A forward that reads its memory is computed again, or mapped, and what it first saw is gone."""
+
+
 class StudyError(NormwiseError, ValueError):
     """A study that cannot be run as asked: an unknown name, a factory that raises, data that cannot be used."""
 

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from normwise.commit import Store, commit, entry
 from normwise.errors import ShapeError
-from normwise.kernels.closed_form import closed_form
-from normwise.kernels.reference import four_steps
-from normwise.memory import Moving, commit
+from normwise.kernels.closed_form import run
+from normwise.kernels.reference import Recalled, Result, Steps, placed, wide_dtype
+from normwise.memory import Moving
 from normwise.normalizers import RMS, Normalizer, Standardize
 from normwise.pattern import Pattern, parse
-from normwise.plan import Over, Plan, Sizes, gather, over_shape, plan_for
+from normwise.plan import Over, Plan, Sizes, over_shape, place, plan_for
 from normwise.recoveries import Affine, Recovery
 from normwise.spec import check_samples, checked_sizes
 
@@ -85,7 +86,7 @@ def layer_norm(
     """
     pattern, over, sizes = _trailing(normalized_shape)
     plan = plan_for(pattern, input.shape, sizes)
-    return _run(input, plan, Standardize(eps), weight, bias, over)
+    return _run(input, plan, Standardize(eps), weight, bias, over).output
 
 
 def rms_norm(
@@ -101,7 +102,7 @@ def rms_norm(
     """
     pattern, over, sizes = _trailing(normalized_shape)
     plan = plan_for(pattern, input.shape, sizes)
-    return _run(input, plan, RMS(eps), weight, None, over)
+    return _run(input, plan, RMS(eps), weight, None, over).output
 
 
 def group_norm(
@@ -123,7 +124,7 @@ def group_norm(
     plan = plan_for(_GROUP, input.shape, checked_sizes((("g", num_groups),)))
     if input.numel() > 0:
         check_samples(_GROUP, plan, remembers=False)
-    return _run(input, plan, Standardize(eps), weight, bias, (("g", "k"),))
+    return _run(input, plan, Standardize(eps), weight, bias, (("g", "k"),)).output
 
 
 def _with_memory(
@@ -145,15 +146,14 @@ def _with_memory(
             raise ValueError(f"{name} is None: remembered statistics are running_mean and running_var, both")
         _check_shape(name, statistic, _CHANNEL, plan)
     if not measure:
-        return _run(x, plan, normalizer, weight, bias, _CHANNEL, running)
+        return _run(x, plan, normalizer, weight, bias, _CHANNEL, running).output
     if x.numel() > 0:
         check_samples(pattern, plan, remembers=True)
-    recovery = _recovery(weight, bias, _CHANNEL, plan)
-    output, moments = four_steps(x, plan, normalizer, recovery, [weight, bias], _CHANNEL, normalize=closed_form)
+    output, moments, *_ = _run(x, plan, normalizer, weight, bias, _CHANNEL)
     if moments is not None and running is not None:
+        batch = entry(moments, _CHANNEL, plan, unbiased=True, least=2)
         memory = Moving("c", update_rate=momentum)
-        statistics = normalizer.statistics(moments, unbiased=True)
-        commit(memory, running, [gather(statistic, _CHANNEL, plan) for statistic in statistics], None)
+        commit(memory, normalizer.remembers, Store(running), batch, least=2, owner="functional")
     return output
 
 
@@ -165,9 +165,12 @@ def _run(
     bias: Tensor | None,
     over: Over,
     running: tuple[Tensor, ...] | None = None,
-) -> Tensor:
+) -> Result:
     recovery = _recovery(weight, bias, over, plan)
-    return four_steps(x, plan, normalizer, recovery, [weight, bias], over, running, _CHANNEL, closed_form)[0]
+    wide = wide_dtype(x)
+    recalled = None if running is None else Recalled(tuple(place(s.to(wide), _CHANNEL, plan) for s in running))
+    parameters = placed(recovery, [weight, bias], over, plan, x)
+    return run(x, Steps(plan, normalizer, recovery, None, recalled), parameters)
 
 
 def _recovery(weight: Tensor | None, bias: Tensor | None, over: Over, plan: Plan) -> Recovery | None:

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from normwise.commit import Store
 from normwise.errors import ShapeError
+from normwise.kernels.reference import Use
 from normwise.memory import Average, Memory, Moving
 from normwise.norm import Norm
 from normwise.normalizers import RMS, Standardize
+from normwise.plan import Plan
 from normwise.recoveries import Affine, Recovery, Scale
 
 Device = torch.device | str | None
@@ -173,12 +176,13 @@ class InstanceNorm(_Remembering, _InstanceNorm):  # type: ignore[misc]  # eps is
     ) -> None:
         self._declare("n c [...]", num_features, eps, momentum, affine, track_running_stats, device, dtype)
 
-    def _uses_memory(self) -> bool:
-        return self.track_running_stats and super()._uses_memory()
+    def _use_of_memory(self, plan: Plan, mask: Tensor | None) -> Use | None:
+        return super()._use_of_memory(plan, mask) if self.track_running_stats else None
 
-    def _counter(self) -> Tensor | None:
+    def _store(self) -> Store:
         # torch's InstanceNorm carries the counter and never moves it: nor do we, as long as nobody needs it
-        return super()._counter() if isinstance(self.spec.memory, Average) else None
+        store = super()._store()
+        return store if isinstance(self.spec.memory, Average) else store._replace(batches=None)
 
 
 class LayerNorm(_Named, nn.LayerNorm):  # type: ignore[misc]  # eps is an attribute in torch, a property here

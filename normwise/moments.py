@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from normwise.sums import column_sum
+from normwise.transforms import being_traced
 
 # Squares of larger magnitudes, or their sum, may leave the dtype's range; such columns are shrunk by a power of two.
 _LARGE = {torch.float32: 1e18, torch.float64: 1e150}
@@ -39,21 +44,54 @@ def merge(a: Moments, b: Moments) -> Moments:
     Moments(count=3, mean=tensor(3.), m2=tensor(26.))
     """
     count = a.count + b.count
-    share = b.count / count
+    share = b.count / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))
     distance = b.mean - a.mean
     return Moments(count, a.mean + distance * share, a.m2 + b.m2 + distance.square() * (a.count * share))
 
 
+def _mean(moments: Moments, *, unbiased: bool) -> Tensor:
+    return moments.mean
+
+
+def _var(moments: Moments, *, unbiased: bool) -> Tensor:
+    return moments.variance(unbiased=unbiased)
+
+
+def _mean_square(moments: Moments, *, unbiased: bool) -> Tensor:
+    return moments.variance() + moments.mean.square()
+
+
+class Statistic(Protocol):
+    """A number that a memory may keep of a column's moments."""
+
+    def __call__(self, moments: Moments, *, unbiased: bool) -> Tensor:
+        """Compute it; `unbiased` matters to the variance only."""
+        ...
+
+
+STATISTICS: dict[str, Statistic] = {"mean": _mean, "var": _var, "mean_square": _mean_square}
+
+
 class Centered(NamedTuple):
-    """A column minus its mean, multiplied by `scale` (a power of two, 1 for ordinary magnitudes), and its moments."""
+    """A column minus its mean, multiplied by `scale` (a power of two; None: 1), and how it was made.
+
+    values = ((x * scale - shift) - mean) - rest.
+    """
 
     values: Tensor
-    scale: Tensor
-    square_sum: Tensor  # of `values`
-    mean: Tensor  # of the column itself, not scaled
+    scale: Tensor | None
+    shift: Tensor
+    mean: Tensor  # of what is left after the shift
+    rest: Tensor  # the mean that rounding left behind
+
+    @property
+    def column_mean(self) -> Tensor:
+        """The mean of the column itself, not scaled."""
+        mean = self.shift + (self.mean + self.rest)
+        return mean if self.scale is None else mean / self.scale
 
 
-def center(x: Tensor, dims: tuple[int, ...]) -> Centered:
+def center(x: Tensor, dims: tuple[int, ...], valid: Tensor | None = None) -> Centered:
     """Subtract the mean over `dims` without losing digits, however large it is.
 
     Scale, shift, subtract the mean, subtract the mean of what is left.
@@ -61,31 +99,62 @@ def center(x: Tensor, dims: tuple[int, ...]) -> Centered:
     Shifting by an element of the column makes a constant column exactly 0 and takes a common offset away before
     anything is summed; the second mean takes away what rounding left of the first. Both are constants to autograd: the
     result does not depend on the shift, and a centred column has mean 0 at every order.
+
+    Args:
+        x: Where `valid` is False it must be finite, and 0 to be left out of `magnitude_scale`.
+        dims: The dimensions that run down a column.
+        valid: What counts, a mask that broadcasts against `x`; elsewhere the values are 0. None: everything.
     """
     scale = magnitude_scale(x, dims)
-    scaled = x * scale
-    shift = _first(scaled.detach(), dims)
-    shifted = scaled - shift
-    mean = shifted.mean(dims, keepdim=True)
-    almost = shifted - mean
-    rest = almost.detach().mean(dims, keepdim=True)
-    values = almost - rest
-    return Centered(values, scale, square_sum(values, dims), (shift + (mean + rest)) / scale)
+    scaled = x if scale is None else x * scale
+    shift = _anchor(scaled.detach(), dims, valid)
+    count = sample_count(x.shape, dims, valid)
+    if isinstance(count, Tensor):
+        count = count.clamp_min(1)
+    shifted = only(scaled - shift, valid)
+    mean = column_sum(shifted, dims) / count
+    almost = only(shifted - mean, valid)
+    rest = column_sum(almost.detach(), dims) / count
+    return Centered(only(almost - rest, valid), scale, shift, mean, rest)
+
+
+def only(x: Tensor, valid: Tensor | None) -> Tensor:
+    """`x` where it is valid, 0 elsewhere, whatever stands there."""
+    return x if valid is None else torch.where(valid, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def sample_count(shape: Sequence[int], dims: tuple[int, ...], valid: Tensor | None) -> Tensor | int:
+    """How many samples count in each column: one number without a mask, with one a whole number a column."""
+    if valid is None:
+        return math.prod([shape[dim] for dim in dims])
+    repeated = math.prod([shape[dim] for dim in dims if valid.shape[dim] == 1])
+    return valid.sum(dims, keepdim=True) * repeated
 
 
 def square_sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Sum of squares over `dims`."""
-    return x.square().sum(dims, keepdim=True)
+    return column_sum(x.square(), dims)
 
 
-def magnitude_scale(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The power of two, for each column, that keeps sums of squares finite: 1 unless magnitudes pass 1e18 (float32)."""
-    largest = x.detach().abs().amax(dims, keepdim=True)
+def magnitude_scale(x: Tensor, dims: tuple[int, ...]) -> Tensor | None:
+    """The power of two, for each column, that keeps sums of squares finite: 1 unless magnitudes pass 1e18 (float32).
+
+    None, where the host can see it for nothing: every column's is 1.
+    """
+    x = x.detach()
+    large = torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True)) > _LARGE[x.dtype]
+    if x.device.type == "cpu" and not being_traced() and not large.any():
+        return None
     one = torch.ones((), dtype=x.dtype, device=x.device)
-    return torch.where(largest > _LARGE[x.dtype], _SHRINK[x.dtype] * one, one)
+    return torch.where(large, _SHRINK[x.dtype] * one, one)
 
 
-def _first(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+def _anchor(x: Tensor, dims: tuple[int, ...], valid: Tensor | None) -> Tensor:
+    """An element of each column: the first, or with a mask the largest that is valid (0 where none is)."""
+    if valid is not None:
+        lowest = torch.full((), -torch.inf, dtype=x.dtype, device=x.device)
+        largest = torch.where(valid, x, lowest).amax(dims, keepdim=True)
+        return torch.where(largest == -torch.inf, torch.zeros_like(largest), largest)
     for dim in dims:
         x = x.narrow(dim, 0, 1)
     return x

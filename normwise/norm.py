@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
+from normwise.commit import Entry, commit, entry, flush, recall
+from normwise.elastic import stretched
 from normwise.errors import NormwiseError, PatternError, ShapeError
 from normwise.explain import Explanation, explain
-from normwise.kernels.closed_form import closed_form
-from normwise.kernels.reference import four_steps, wide_dtype
-from normwise.memory import Memory, commit
-from normwise.moments import Moments
+from normwise.kernels.closed_form import run
+from normwise.kernels.reference import Recalled, Steps, Use, placed, wide_dtype
+from normwise.masks import Lengths, masked_axes, valid_view
+from normwise.memory import Memory, limits
+from normwise.moments import Moments, only
 from normwise.normalizers import Normalizer, Standardize
-from normwise.plan import Plan, gather, over_shape, plan_for
+from normwise.plan import Plan, averaged, gather, place, plan_for
 from normwise.recoveries import Recovery
 from normwise.spec import NormSpec, check_samples
+from normwise.state import Stateful
+from normwise.sums import column_sum
+from normwise.whereabouts import Whereabouts, path_of
 
 _OPTIONS = ("self", "pattern", "normalizer", "recovery", "memory", "sizes", "device", "dtype")
-_START = {"mean": 0.0, "var": 1.0, "mean_square": 1.0}
 
 
-class Norm(nn.Module):
+class Norm(Stateful):
     """A normalization, declared by its four steps: reshape, normalize, recover, output.
 
     The pattern names the input's dimensions in order; `[ ]` marks the axes that are normalized over, `( )` splits a
@@ -60,8 +64,6 @@ class Norm(nn.Module):
     (torch.Size([3]), torch.Size([3]))
     """
 
-    spec: NormSpec
-
     def __init__(
         self,
         pattern: str,
@@ -84,30 +86,51 @@ class Norm(nn.Module):
         self.spec = spec
         self._register(device, dtype)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's layers name it so, and callers may too
-        """Normalize `input`."""
-        wide_dtype(input)
-        plan = plan_for(self.spec.pattern, input.shape, self.spec.sizes)
-        if not self._uses_memory() and input.numel() > 0 and self.spec.normalizer.needs_two:
-            check_samples(self.spec.pattern, plan, remembers=self.spec.memory is not None)
-        if self.spec.unknown:  # only now, so that an input that is refused leaves no sizes behind
-            self._materialize_for(plan)
-        spec = self.spec
-        remembered = self._remembered() if self._uses_memory() else None
-        output, moments = four_steps(
-            input,
-            plan,
-            spec.normalizer,
-            spec.recovery,
-            self._parameters_of_recovery(),
-            spec.parameter_over,
-            remembered,
-            spec.memory_over,
-            closed_form,
-        )
-        if moments is not None and self._commits():
-            self._commit(plan, moments)
-        return output
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002 - torch's layers name it so, and callers may too
+        *,
+        residual: Tensor | None = None,
+        valid: Tensor | None = None,
+        valid_axes: str | None = None,
+        lengths: Lengths | None = None,
+    ) -> Any:
+        """Normalize `input`, or `input + residual`.
+
+        Args:
+            input: As the pattern says.
+            residual: Added first, of the input's shape; the sum is returned as well: `y, s = norm(x, residual=r)`.
+            valid: A bool mask, True where an element counts. Padding never counts, in the batch's statistics or in
+                memory; its value, NaN included, never matters; outputs and gradients there are exactly 0.
+            valid_axes: The axes that `valid` covers, as "n t"; if not said, the leading dimensions of the input.
+            lengths: How many places of an axis count, for each example: `{"t": torch.tensor([5, 3])}`; also over
+                several axes, and together with `valid`.
+
+        Returns:
+            The output; with a residual, the output and the sum, which is `input + residual` everywhere.
+
+        Hugging Face's attention_mask is `valid=attention_mask.bool()`; torch's key_padding_mask is its inverse,
+        `valid=~key_padding_mask`.
+
+        A column without a valid element gives zeros and does not enter the memory. Nor does one with a single valid
+        element where a variance is needed: its value is 0 before recovery, or what the memory makes of it if that is
+        declared (`Moving(..., degenerate="memory")`).
+
+        >>> norm = Norm("[n t] c", memory=Moving("c", update_rate=1.0))
+        >>> x = torch.tensor([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [torch.nan]]])
+        >>> norm(x, lengths={"t": [3, 2]})[1, 2], norm.running_mean
+        (tensor([0.]), tensor([3.]))
+        """
+        try:
+            if residual is not None:
+                input = _added(input, residual)  # noqa: A001 - see above
+            output = self._normalize(input, valid, valid_axes, lengths)
+        except NormwiseError as error:
+            path = "" if torch.compiler.is_compiling() else path_of(self)
+            if path and not str(error).startswith(path):
+                error.args = (f"{path}: {error}",)
+            raise
+        return output if residual is None else (output, input)
 
     def explain(self, shape: Sequence[int] | Tensor) -> Explanation:
         """The four steps for a real shape (or a tensor, whose dtype and memory order then count).
@@ -117,25 +140,6 @@ class Norm(nn.Module):
         ...
         """
         return explain(self.spec, shape)
-
-    def reset_running_stats(self) -> None:
-        """Forget all batches: mean 0, variance 1, none counted."""
-        for name in self.spec.normalizer.remembers:
-            buffer = self._buffers.get(f"running_{name}")
-            if buffer is not None and not is_lazy(buffer):
-                buffer.fill_(_START.get(name, 0.0))
-        counter = self._buffers["num_batches_tracked"]
-        if counter is not None:
-            counter.zero_()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Start anew: parameters at their first values, memory empty."""
-        self.reset_running_stats()
-        for name, start in self._starts().items():
-            parameter = self._parameters[name]
-            if parameter is not None and not is_lazy(parameter):
-                parameter.fill_(start)
 
     def extra_repr(self) -> str:
         """The declaration, sizes as found, and the memory's formula."""
@@ -147,127 +151,160 @@ class Norm(nn.Module):
     def _memory_note(self) -> str:
         return "" if self.spec.memory is None else f"; {self.spec.memory.formula()}"
 
-    def _uses_memory(self) -> bool:
+    def _normalize(self, x: Tensor, valid: Tensor | None, valid_axes: str | None, lengths: Lengths | None) -> Tensor:
+        wide_dtype(x)
+        spec = self.spec
+        plan = plan_for(spec.pattern, x.shape, spec.call_sizes)
+        mask = None
+        if valid is not None or lengths or valid_axes is not None:
+            mask = valid_view(spec.pattern, plan, valid, valid_axes, lengths, x.device)
+            self._check_mask(mask, plan)
+        ghost = None if spec.memory is None else spec.memory.ghost
+        if ghost is None or x.shape[0] <= ghost or not self._measures():
+            return self._normalize_one(x, plan, mask)
+        pieces = -(-x.shape[0] // ghost)
+        parts = x.tensor_split(pieces)
+        masks = [mask] * pieces if mask is None or mask.shape[0] == 1 else mask.tensor_split(pieces)
+        plans = [plan_for(spec.pattern, part.shape, spec.call_sizes) for part in parts]
+        return torch.cat([self._normalize_one(*piece) for piece in zip(parts, plans, masks, strict=True)])
+
+    def _normalize_one(self, x: Tensor, plan: Plan, mask: Tensor | None) -> Tensor:
+        use = self._use_of_memory(plan, mask)
+        if use != "instead" and x.numel() > 0 and self.spec.normalizer.needs_two:
+            check_samples(self.spec.pattern, plan, remembers=self.spec.memory is not None)
+        if self.spec.unknown:  # only now, so that an input that is refused leaves no sizes behind
+            self._materialize_for(plan)
+        spec, commits = self.spec, self._commits() and x.numel() > 0
+        if commits:
+            self._grow(plan)
+        recalled = None if use is None else self._recalled(use, x, plan, mask)
+        parameters = placed(spec.recovery, self._parameters_of_recovery(), spec.parameter_over, plan, x)
+        result = run(x, Steps(plan, spec.normalizer, spec.recovery, mask, recalled), parameters)
+        if result.moments is not None and commits:
+            self._commit(plan, result.moments)
+        return result.output
+
+    def _measures(self) -> bool:
+        """Whether batches are normalized by their own statistics although there is a memory: in training."""
         memory = self.spec.memory
-        return memory is not None and not (self.training and memory.updates) and self._has_buffers()
+        return self.training and not self.frozen and memory is not None and memory.updates and self._has_buffers()
 
     def _commits(self) -> bool:
+        """Whether batches enter the memory."""
+        return self._measures() and not self._held
+
+    def _use_of_memory(self, plan: Plan, mask: Tensor | None) -> Use | None:
+        """What remembered statistics are for in this call."""
         memory = self.spec.memory
-        return memory is not None and memory.updates and self.training and self._has_buffers()
+        if memory is None or not self._has_buffers():
+            return None
+        if not self._measures() or (memory.degenerate == "memory" and plan.rows < self._least):
+            return "instead"
+        if memory.renorm is not None:
+            return "correct"
+        return "fallback" if memory.degenerate == "memory" and mask is not None else None
+
+    @property
+    def _least(self) -> int:
+        """How many samples a column needs to enter the memory."""
+        return 2 if self.spec.normalizer.needs_two else 1
 
     def _has_buffers(self) -> bool:
         """Whether the memory is there: torch's habit is to set the buffers to None to switch it off."""
-        return all(self._buffers[f"running_{name}"] is not None for name in self.spec.normalizer.remembers)
+        buffers = self._holder()._buffers
+        return all(buffers[f"running_{name}"] is not None for name in self.spec.normalizer.remembers)
+
+    def _owner(self) -> object:
+        """Who this is, for warnings and errors."""
+        return type(self).__name__ if torch.compiler.is_compiling() else Whereabouts(self)
+
+    def _recalled(self, use: Use, x: Tensor, plan: Plan, mask: Tensor | None) -> Recalled:
+        """The memory as this call sees it, shaped to broadcast against the view."""
+        spec, store, wide = self.spec, self._store(), wide_dtype(x)
+        memory = cast("Memory", spec.memory)
+        if self._measures():  # it moves while it is read: a recomputed forward must see what the first one saw
+            store = recall(store, self._fingerprint(x, plan, mask), self._owner())
+        statistics: tuple[Tensor, ...] = store.statistics
+        if spec.elastic is not None and self._elastic_dim is not None:
+            batches = store.batches if memory.updates else None
+            length, names = plan.size(spec.elastic), spec.normalizer.remembers
+            statistics = stretched(statistics, names, batches, self._elastic_dim, spec.elastic, length, memory.past_end)
+        shaped = tuple(place(statistic.to(wide), spec.memory_over, plan) for statistic in statistics)
+        opened = None
+        if use == "correct" and memory.renorm is not None and store.batches is not None:
+            opened = limits(memory.renorm, store.batches, wide)
+        return Recalled(shaped, use, self._least, opened)
+
+    def _fingerprint(self, x: Tensor, plan: Plan, mask: Tensor | None) -> Tensor:
+        """Sums that tell this batch from others, over the memory's axes."""
+        view = only(x.detach().to(wide_dtype(x)).reshape(plan.view), mask)
+        summed = column_sum(view, plan.reduced)
+        summed = column_sum(summed, averaged(summed.shape, self.spec.memory_over, plan))
+        return self._within(gather(summed, self.spec.memory_over, plan))
+
+    def _within(self, statistic: Tensor) -> Tensor:
+        """As many places of the elastic axis as the memory has."""
+        dim = self._elastic_dim
+        return statistic if dim is None else statistic.narrow(dim, 0, min(statistic.shape[dim], self._length()))
 
     def _commit(self, plan: Plan, moments: Moments) -> None:
-        memory = self.spec.memory
+        spec = self.spec
+        memory = cast("Memory", spec.memory)
+        batch = entry(moments, spec.memory_over, plan, unbiased=memory.unbiased, least=self._least)
+        commit(
+            memory,
+            spec.normalizer.remembers,
+            self._store(),
+            Entry(*map(self._within, batch)),
+            least=self._least,
+            owner=self._owner(),
+            window=self._window,
+            joins=spec.joins_batches,
+        )
+
+    def _flush(self) -> None:
+        """Let what is accumulated enter, in every domain."""
+        memory, current = self.spec.memory, self._domain
         if memory is None:
             return
-        statistics = self.spec.normalizer.statistics(moments, unbiased=memory.unbiased)
-        batch = [gather(statistic, self.spec.memory_over, plan) for statistic in statistics]
-        commit(memory, self._remembered(), batch, self._counter())
+        try:
+            for name in (None, *self.domains):
+                self._domain = name
+                flush(memory, self.spec.normalizer.remembers, self._store(), least=self._least)
+        finally:
+            self._domain = current
 
-    def _counter(self) -> Tensor | None:
-        return self._buffers["num_batches_tracked"]
+    def _grow(self, plan: Plan) -> None:
+        """Remember more places of the elastic axis, unless its length is declared."""
+        elastic = self.spec.elastic
+        if elastic is None or elastic in dict(self.spec.sizes) or plan.size(elastic) <= self._length():
+            return
+        if torch.compiler.is_compiling():
+            raise ShapeError(
+                f"the memory of axis '{elastic}' cannot grow in compiled code: declare how long it is, for example "
+                f"{elastic}={plan.size(elastic)}, or run the longest batch once in eager mode"
+            )
+        self._resize(plan.size(elastic))
 
-    def _remembered(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, f"running_{name}") for name in self.spec.normalizer.remembers)
-
-    def _starts(self) -> Mapping[str, float]:
-        return {} if self.spec.recovery is None else self.spec.recovery.parameters
-
-    def _parameters_of_recovery(self) -> list[Tensor | None]:
-        return [getattr(self, name) for name in self._starts()]
-
-    def _register(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        """Names for everything; what is not declared is there as None, as in torch's layers."""
-        options: dict[str, Any] = {"device": device, "dtype": dtype}
-        for name in dict.fromkeys(("weight", "bias", *self._starts())):
-            self.register_parameter(name, self._new_parameter(options) if name in self._starts() else None)
-        remembers = self.spec.memory is not None
-        options["dtype"] = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        for name in self.spec.normalizer.remembers:
-            self.register_buffer(f"running_{name}", self._new_buffer(options) if remembers else None)
-        counter = torch.zeros((), dtype=torch.long, device=device) if remembers else None
-        self.register_buffer("num_batches_tracked", counter)
-        self.reset_parameters()
-
-    def _new_parameter(self, options: dict[str, Any]) -> Any:
-        if self.spec.unknown:
-            return UninitializedParameter(**options)
-        return nn.Parameter(torch.empty(over_shape(self.spec.parameter_over, dict(self.spec.sizes)), **options))
-
-    def _new_buffer(self, options: dict[str, Any]) -> Tensor:
-        if self.spec.unknown:
-            return _UnsizedBuffer(**options)
-        return torch.empty(over_shape(self.spec.memory_over, dict(self.spec.sizes)), **options)
-
-    def _materialize_for(self, plan: Plan) -> None:
-        sizes = {name: plan.size(name) for name in self.spec.unknown}
-        if 0 in sizes.values():
-            empty = next(name for name, size in sizes.items() if size == 0)
-            raise ShapeError(f"the size of axis '{empty}' cannot be found from an empty input of shape {plan.shape}")
-        self._materialize(sizes)
-
-    def _materialize(self, sizes: Mapping[str, int]) -> None:
-        self.spec = self.spec.with_sizes(sizes)
-        known = dict(self.spec.sizes)
-        for name in self._starts():
-            getattr(self, name).materialize(over_shape(self.spec.parameter_over, known))
-        if self.spec.memory is not None:
-            for buffer in self._remembered():
-                cast("UninitializedBuffer", buffer).materialize(over_shape(self.spec.memory_over, known))
-        self.reset_parameters()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Norm:
-        """Move and convert as any module, but keep memory in float32 at least: 1e-8 does not fit in float16."""
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
-        for name, buffer in before.items():
-            after = self._buffers[name]
-            if after is not None and after.is_floating_point() and after.dtype.itemsize < buffer.dtype.itemsize:
-                wide = torch.promote_types(after.dtype, torch.float32)
-                self._buffers[name] = buffer.to(device=after.device, dtype=wide)
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """As `Module` does it, but what has no size yet is saved as it is, because it cannot be detached."""
-        super()._save_to_state_dict(destination, prefix, keep_vars=True)
-        for name in (*self._parameters, *self._buffers):
-            tensor = destination.get(prefix + name)
-            if tensor is not None and not keep_vars and not is_lazy(tensor):
-                destination[prefix + name] = tensor.detach()
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Load, after taking sizes that are not known yet from the checkpoint."""
-        if self.spec.unknown:
-            overs = dict.fromkeys(self._starts(), self.spec.parameter_over)
-            overs |= {f"running_{name}": self.spec.memory_over for name in self.spec.normalizer.remembers}
-            found = [(overs[name], state_dict.get(prefix + name)) for name in overs]
-            shapes = [(over, tensor.shape) for over, tensor in found if tensor is not None and not is_lazy(tensor)]
-            errors: list[str] = args[-1]
-            name = prefix.rstrip(".") or type(self).__name__
-            try:
-                sizes = self.spec.sizes_from(shapes)
-            except NormwiseError as error:
-                errors.append(f"{name}: {error}")
-                return
-            missing = set(self.spec.unknown) - set(sizes)
-            if shapes and missing:
-                errors.append(f"{name}: the checkpoint does not give the size of axis '{min(missing)}'")
-                return
-            if not missing:
-                self._materialize(sizes)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _check_mask(self, mask: Tensor | None, plan: Plan) -> None:
+        """Refuse what one counter cannot count: batches that reach some of the remembered columns only."""
+        memory = self.spec.memory
+        if memory is None or mask is None or memory.update_rate is not None:
+            return
+        remembered = {name for dim in self.spec.memory_over for name in dim} - {self.spec.elastic}
+        apart = masked_axes(mask, plan) & remembered
+        if apart:
+            raise PatternError(
+                f"a mask along '{min(apart)}' lets a batch enter some of its places only, and {memory!r} counts "
+                "batches for all of them together: use Moving",
+                self.spec.text,
+            )
 
 
-class _UnsizedBuffer(UninitializedBuffer):
-    """torch's uninitialized buffer, with the deepcopy that torch gives its uninitialized parameter."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _UnsizedBuffer:
-        options: dict[str, Any] = {"device": self.data.device, "dtype": self.data.dtype}
-        copied = memo[id(self)] = type(self)(**options)
-        return copied
+def _added(x: Tensor, residual: Tensor) -> Tensor:
+    if x.shape != residual.shape:
+        raise ShapeError(f"the residual has shape {tuple(residual.shape)}, the input {tuple(x.shape)}")
+    return x + residual
 
 
 def _joined(sizes: Mapping[str, int] | None, named: Mapping[str, int]) -> tuple[tuple[str, int], ...]:

@@ -8,34 +8,57 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from normwise.moments import Moments, center, magnitude_scale, square_sum
-from normwise.plan import dim_product
+from normwise.moments import Moments, center, magnitude_scale, only, sample_count, square_sum
+
+
+class Line(NamedTuple):
+    """What normalizing is once a column is measured: values = (x * scale - offset - offset ...) * inverse.
+
+    The offsets are subtracted one after another, because their sum would have lost what makes them right.
+    """
+
+    scale: Tensor | None  # None: 1
+    offsets: tuple[Tensor, ...]
+    inverse: Tensor
+
+    def values(self, view: Tensor, valid: Tensor | None = None) -> Tensor:
+        """The normalized values, 0 where `valid` is False."""
+        values = view if self.scale is None else view * self.scale
+        for offset in self.offsets:
+            values = values - offset
+        return only(values * self.inverse, valid)
+
+    @property
+    def slope(self) -> Tensor:
+        """The derivative of a value by its own x, statistics held fixed."""
+        return self.inverse if self.scale is None else self.inverse * self.scale
 
 
 class Normalized(NamedTuple):
-    """What a normalizer makes of a batch: values = slope * (x - mean), or slope * x where no mean is subtracted."""
+    """What a normalizer makes of a batch."""
 
     values: Tensor
-    slope: Tensor  # one number a column
+    line: Line
     moments: Moments  # detached: what a memory may keep
 
 
 class Normalizer(Protocol):
     """What `Norm` asks of a normalizer; any frozen dataclass with these members can be declared."""
 
-    remembers: ClassVar[tuple[str, ...]]  # names of the statistics that a memory keeps
+    remembers: ClassVar[tuple[str, ...]]  # the statistics of `Moments` that a memory keeps: see `moments.STATISTICS`
     needs_two: ClassVar[bool]  # whether a column of one sample is degenerate
 
-    def normalize(self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Normalized:
-        """Normalize over `dims` with this batch's statistics. `dtype` is that of the layer's input."""
+    def normalize(
+        self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype, valid: Tensor | None = None
+    ) -> Normalized:
+        """Normalize over `dims` with this batch's statistics.
+
+        `dtype` is that of the layer's input. Where `valid` is False, `view` is 0 and does not count.
+        """
         ...
 
-    def apply(self, view: Tensor, remembered: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        """Normalize with remembered statistics, in the order of `remembers`."""
-        ...
-
-    def statistics(self, moments: Moments, *, unbiased: bool) -> tuple[Tensor, ...]:
-        """What a memory keeps of a batch, in the order of `remembers`."""
+    def recall(self, remembered: tuple[Tensor, ...], dtype: torch.dtype) -> Line:
+        """How to normalize with remembered statistics, in the order of `remembers`."""
         ...
 
     def formula(self) -> str:
@@ -65,23 +88,22 @@ class Standardize:
     def __post_init__(self) -> None:
         _check_eps(self.eps)
 
-    def normalize(self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Normalized:
+    def normalize(
+        self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype, valid: Tensor | None = None
+    ) -> Normalized:
         """(x - mean) / sqrt(var + eps) with the mean and biased variance over `dims`."""
-        centered = center(view, dims)
-        rows = dim_product(view.shape, dims)
-        inverse = _inverse_root(centered.square_sum / rows, self.eps, centered.scale)
-        m2 = centered.square_sum.detach() / centered.scale / centered.scale
-        moments = Moments(rows, centered.mean.detach(), m2)
-        return Normalized(centered.values * inverse, inverse * centered.scale, moments)
+        centered = center(view, dims, valid)
+        squares = square_sum(centered.values, dims)
+        count = sample_count(view.shape, dims, valid)
+        inverse = _inverse_root(_divided(squares, count), self.eps, centered.scale)
+        line = Line(centered.scale, (centered.shift, centered.mean, centered.rest), inverse)
+        moments = Moments(count, centered.column_mean.detach(), _unscaled(squares.detach(), centered.scale))
+        return Normalized(centered.values * inverse, line, moments)
 
-    def apply(self, view: Tensor, remembered: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    def recall(self, remembered: tuple[Tensor, ...], dtype: torch.dtype) -> Line:
         """(x - mean) / sqrt(var + eps) with a remembered mean and variance."""
         mean, var = remembered
-        return (view - mean) * (var + self.eps).rsqrt()
-
-    def statistics(self, moments: Moments, *, unbiased: bool) -> tuple[Tensor, ...]:
-        """Mean and variance."""
-        return moments.mean, moments.variance(unbiased=unbiased)
+        return Line(None, (mean,), (var + self.eps).rsqrt())
 
     def formula(self) -> str:
         """The formula with its numbers."""
@@ -110,24 +132,22 @@ class RMS:
         if self.eps is not None:
             _check_eps(self.eps)
 
-    def normalize(self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Normalized:
+    def normalize(
+        self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype, valid: Tensor | None = None
+    ) -> Normalized:
         """x / sqrt(mean(x^2) + eps) with the mean square over `dims`, returned as moments about 0."""
         scale = magnitude_scale(view, dims)
-        scaled = view * scale
+        scaled = view if scale is None else view * scale
         squares = square_sum(scaled, dims)
-        rows = dim_product(view.shape, dims)
-        inverse = _inverse_root(squares / rows, self._eps(dtype), scale)
-        moments = Moments(rows, torch.zeros_like(squares), squares.detach() / scale / scale)
-        return Normalized(scaled * inverse, inverse * scale, moments)
+        count = sample_count(view.shape, dims, valid)
+        inverse = _inverse_root(_divided(squares, count), self._eps(dtype), scale)
+        moments = Moments(count, torch.zeros_like(squares), _unscaled(squares.detach(), scale))
+        return Normalized(scaled * inverse, Line(scale, (), inverse), moments)
 
-    def apply(self, view: Tensor, remembered: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    def recall(self, remembered: tuple[Tensor, ...], dtype: torch.dtype) -> Line:
         """x / sqrt(mean(x^2) + eps) with a remembered mean square."""
         (mean_square,) = remembered
-        return view * (mean_square + self._eps(dtype)).rsqrt()
-
-    def statistics(self, moments: Moments, *, unbiased: bool) -> tuple[Tensor, ...]:
-        """The mean square; there is no unbiased variant of it, because no mean is estimated."""
-        return (moments.variance(),)
+        return Line(None, (), (mean_square + self._eps(dtype)).rsqrt())
 
     def formula(self) -> str:
         """The formula with its numbers."""
@@ -142,6 +162,16 @@ def _check_eps(eps: float) -> None:
         raise ValueError(f"eps is a finite number from 0 on, not {eps}")
 
 
-def _inverse_root(mean_square: Tensor, eps: float, scale: Tensor) -> Tensor:
+def _divided(total: Tensor, count: Tensor | int) -> Tensor:
+    """A mean; 0 for a column without a sample."""
+    return total / (count.clamp_min(1) if isinstance(count, Tensor) else count)
+
+
+def _unscaled(squares: Tensor, scale: Tensor | None) -> Tensor:
+    return squares if scale is None else squares / scale / scale
+
+
+def _inverse_root(mean_square: Tensor, eps: float, scale: Tensor | None) -> Tensor:
     """1 / sqrt(mean_square + eps scale^2): eps keeps its meaning for a scaled column, and 0 stays out of the root."""
-    return (mean_square + eps * scale * scale).clamp_min(torch.finfo(mean_square.dtype).tiny).rsqrt()
+    eps_in_scale = eps if scale is None else eps * scale * scale
+    return (mean_square + eps_in_scale).clamp_min(torch.finfo(mean_square.dtype).tiny).rsqrt()

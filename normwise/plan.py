@@ -89,12 +89,15 @@ def place(tensor: Tensor, over: Over, plan: Plan) -> Tensor:
     return tensor.reshape([size if dim in dims else 1 for dim, size in enumerate(plan.view)])
 
 
-def gather(statistic: Tensor, over: Over, plan: Plan) -> Tensor:
-    """The inverse of `place`, for a statistic of every column: kept axes that are not named are averaged."""
+def averaged(shape: Sequence[int], over: Over, plan: Plan) -> tuple[int, ...]:
+    """The kept dimensions that a memory over the named axes does not tell apart."""
     dims = _dims(over, plan)
-    rest = [dim for dim, size in enumerate(statistic.shape) if size != 1 and dim not in dims]
-    if rest:
-        statistic = statistic.mean(rest, keepdim=True)
+    return tuple(dim for dim, size in enumerate(shape) if size != 1 and dim not in dims)
+
+
+def gather(statistic: Tensor, over: Over, plan: Plan) -> Tensor:
+    """The inverse of `place`, for a statistic that has size 1 along every other dimension."""
+    dims = _dims(over, plan)
     if dims != sorted(dims):
         inverse = [sorted(dims).index(dim) for dim in dims]
         statistic = statistic.reshape([plan.view[dim] for dim in sorted(dims)]).permute(inverse)

@@ -33,6 +33,9 @@ class NormSpec:
     pattern: Pattern = field(init=False, repr=False, compare=False)
     parameter_over: Over = field(init=False, repr=False, compare=False)
     memory_over: Over = field(init=False, repr=False, compare=False)
+    fixed: tuple[str, ...] = field(init=False, repr=False, compare=False)  # axes whose sizes calls must agree on
+    unknown: tuple[str, ...] = field(init=False, repr=False, compare=False)  # those whose size is not known yet
+    call_sizes: Sizes = field(init=False, repr=False, compare=False)  # what is known of the sizes of a call's input
 
     def __post_init__(self) -> None:
         pattern = parse(self.text)
@@ -45,23 +48,48 @@ class NormSpec:
         check_known(pattern, _flat(self.parameter_over), type(self.recovery).__name__)
         check_known(pattern, _flat(self.memory_over), type(self.memory).__name__)
         check_known(pattern, (name for name, _ in self.sizes), "a size")
-        for name in _flat(self.memory_over):
-            if pattern.axis(name).reduced:
-                message = (
-                    f"{type(self.memory).__name__} remembers axis '{name}', which is normalized over and so is gone"
-                )
-                raise pattern.error(message, name)
-
-    @property
-    def fixed(self) -> tuple[str, ...]:
-        """The axes whose sizes must not change between calls, because parameters or a memory have them."""
-        return tuple(dict.fromkeys((*_flat(self.parameter_over), *_flat(self.memory_over))))
-
-    @property
-    def unknown(self) -> tuple[str, ...]:
-        """Those of `fixed` whose size is not known yet."""
+        if self.memory is not None:
+            self._check_memory(self.memory)
         known = dict(self.sizes)
-        return tuple(name for name in self.fixed if name not in known)
+        axes = dict.fromkeys((*_flat(self.parameter_over), *_flat(self.memory_over)))
+        fixed = tuple(name for name in axes if name != self.elastic)
+        object.__setattr__(self, "fixed", fixed)
+        object.__setattr__(self, "unknown", tuple(name for name in fixed if name not in known))
+        object.__setattr__(self, "call_sizes", tuple(pair for pair in self.sizes if pair[0] != self.elastic))
+
+    def _check_memory(self, memory: Memory) -> None:
+        kind = type(memory).__name__
+        for name in _flat(self.memory_over):
+            if self.pattern.axis(name).reduced:
+                raise self.pattern.error(
+                    f"{kind} remembers axis '{name}', which is normalized over and so is gone", name
+                )
+        elastic = self.elastic
+        if elastic is not None:
+            check_known(self.pattern, [elastic], f"{kind}'s beyond")
+            if (elastic,) not in self.memory_over:
+                raise self.pattern.error(
+                    f"{kind} says what is beyond axis '{elastic}', but does not remember it", elastic
+                )
+            if elastic in _flat(self.parameter_over):
+                raise self.pattern.error(
+                    f"the length of axis '{elastic}' may differ, so it can have no parameters", elastic
+                )
+        first = self.pattern.dims[0]
+        if memory.ghost is not None and not (len(first) == 1 and first[0].reduced):
+            raise self.pattern.error(
+                f"{kind} divides the batch, the first axis, which is not normalized over", first[0].name
+            )
+
+    @property
+    def elastic(self) -> str | None:
+        """The remembered axis whose length may differ from call to call."""
+        return None if self.memory is None else self.memory.elastic
+
+    @property
+    def joins_batches(self) -> bool:
+        """Whether two batches of columns are joined sample by sample: the batch is normalized over."""
+        return self.pattern.axes[0].reduced
 
     def with_sizes(self, sizes: Mapping[str, int]) -> NormSpec:
         """The same declaration with more sizes known."""

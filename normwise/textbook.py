@@ -92,7 +92,7 @@ def batch_norm(
         var = momentum * var + (1 - momentum) * moments.variance().reshape(var.shape)
     else:
         remembered = (mean.to(wide).reshape(1, columns), var.to(wide).reshape(1, columns))
-        normalized = Standardize(eps).apply(matrix, remembered, X.dtype)
+        normalized = Standardize(eps).recall(remembered, X.dtype).values(matrix)
     # Recover.
     recovered = gamma.reshape(columns) * normalized + beta.reshape(columns)
     # Output, in X's shape.

@@ -153,7 +153,7 @@ DECLARATIONS: dict[str, Message] = {
     "a memory as recovery": (
         lambda: Norm("[n] c", recovery=Moving("c", decay=0.5)),
         TypeError,
-        ("recovery is Moving(over='c', update_rate=0.5, unbiased=True), which is not a recovery",),
+        ("recovery is Moving('c', update_rate=0.5), which is not a recovery",),
     ),
     "a recovery as memory": (
         lambda: Norm("[n] c", memory=Scale("c")),

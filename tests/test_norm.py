@@ -100,14 +100,14 @@ def test_sizes_are_found_at_the_first_call_and_shown() -> None:
     norm = lazy()
     assert repr(norm) == (
         "Norm('[n] c [...]', Standardize(eps=1e-05), Affine(over='c'), "
-        "Moving(over='c', update_rate=0.1, unbiased=True); moving = 0.9 * moving + 0.1 * batch, unbiased variance)"
+        "Moving('c', update_rate=0.1); moving = 0.9 * moving + 0.1 * batch, unbiased variance)"
     )
     assert is_lazy(norm.weight)
     assert is_lazy(norm.running_mean)
     norm(torch.randn(4, 3))
     assert not is_lazy(norm.weight)
     assert norm.weight.shape == norm.running_mean.shape == (3,)
-    assert "unbiased=True), c=3;" in repr(norm)
+    assert "update_rate=0.1), c=3;" in repr(norm)
     assert type(norm.weight) is nn.Parameter
     with pytest.raises(ShapeError, match="axis 'c' has size 3, but dimension 1 has 5"):
         norm(torch.randn(4, 5))

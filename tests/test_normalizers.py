@@ -10,8 +10,8 @@ from torch import Tensor
 
 import normwise as nw
 from normwise import RMS, Norm, Standardize
-from normwise.moments import Moments
-from normwise.normalizers import Normalized
+from normwise.moments import STATISTICS, Moments
+from normwise.normalizers import Line, Normalized
 from tests.tolerances import DOUBLE, check
 
 DOUBLE_DTYPE = torch.float64
@@ -23,11 +23,12 @@ def test_standardize_equals_its_formula(eps: float) -> None:
     mean, var = x.mean(0, keepdim=True), x.var(0, unbiased=False, keepdim=True)
     normalized = Standardize(eps).normalize(x, (0,), x.dtype)
     check(normalized.values, (x - mean) / (var + eps).sqrt(), DOUBLE)
-    check(normalized.slope, 1 / (var + eps).sqrt(), DOUBLE)
+    check(normalized.line.slope, 1 / (var + eps).sqrt(), DOUBLE)
+    check(normalized.line.values(x), normalized.values, DOUBLE)
     check(normalized.moments.mean, mean, DOUBLE)
     check(normalized.moments.m2, var * 6, DOUBLE)
     assert normalized.moments.count == 6
-    check(Standardize(eps).apply(x, (mean, var), x.dtype), normalized.values, DOUBLE)
+    check(Standardize(eps).recall((mean, var), x.dtype).values(x), normalized.values, DOUBLE)
 
 
 @pytest.mark.parametrize("eps", [1e-5, 0.5, 0.0])
@@ -36,10 +37,10 @@ def test_rms_equals_its_formula(eps: float) -> None:
     mean_square = x.square().mean(0, keepdim=True)
     normalized = RMS(eps).normalize(x, (0,), x.dtype)
     check(normalized.values, x / (mean_square + eps).sqrt(), DOUBLE)
-    check(normalized.slope, 1 / (mean_square + eps).sqrt(), DOUBLE)
-    (remembered,) = RMS(eps).statistics(normalized.moments, unbiased=True)
+    check(normalized.line.slope, 1 / (mean_square + eps).sqrt(), DOUBLE)
+    remembered = STATISTICS["mean_square"](normalized.moments, unbiased=True)
     check(remembered, mean_square, DOUBLE)
-    check(RMS(eps).apply(x, (remembered,), x.dtype), normalized.values, DOUBLE)
+    check(RMS(eps).recall((remembered,), x.dtype).values(x), normalized.values, DOUBLE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -49,12 +50,6 @@ def test_the_eps_of_rms_is_by_default_that_of_the_inputs_dtype(dtype: torch.dtyp
     ours = Norm("... [d]", RMS())(tiny)
     assert ours.dtype == dtype
     assert ((ours.double() - expected) / expected).abs().max() <= 2 * torch.finfo(dtype).eps
-
-
-def test_standardize_gives_its_statistics_biased_or_not() -> None:
-    moments = Moments(5, torch.tensor(3.0), torch.tensor(10.0))
-    assert Standardize().statistics(moments, unbiased=False) == (torch.tensor(3.0), torch.tensor(2.0))
-    assert Standardize().statistics(moments, unbiased=True) == (torch.tensor(3.0), torch.tensor(2.5))
 
 
 def test_moments_are_detached() -> None:
@@ -91,16 +86,15 @@ class ByLargest:
     remembers: ClassVar[tuple[str, ...]] = ("mean_square",)
     needs_two: ClassVar[bool] = False
 
-    def normalize(self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Normalized:
+    def normalize(
+        self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype, valid: Tensor | None = None
+    ) -> Normalized:
         slope = 1 / view.abs().amax(dims, keepdim=True)
         squares = view.detach().square().sum(dims, keepdim=True)
-        return Normalized(view * slope, slope, Moments(1, torch.zeros_like(squares), squares))
+        return Normalized(view * slope, Line(None, (), slope), Moments(1, torch.zeros_like(squares), squares))
 
-    def apply(self, view: Tensor, remembered: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        return view
-
-    def statistics(self, moments: Moments, *, unbiased: bool) -> tuple[Tensor, ...]:
-        return (moments.variance(),)
+    def recall(self, remembered: tuple[Tensor, ...], dtype: torch.dtype) -> Line:
+        return Line(None, (), remembered[0].rsqrt())
 
     def formula(self) -> str:
         return "x / max|x|"

@@ -50,7 +50,7 @@ def test_a_specific_repr() -> None:
     spec = NormSpec("[n] c", Standardize(), Affine("c"), Moving("c", decay=0.9), (("c", 3),))
     assert repr(spec) == (
         "NormSpec(text='[n] c', normalizer=Standardize(eps=1e-05), recovery=Affine(over='c'), "
-        "memory=Moving(over='c', update_rate=0.1, unbiased=True), sizes=(('c', 3),))"
+        "memory=Moving('c', update_rate=0.1), sizes=(('c', 3),))"
     )
 
 

@@ -1,73 +1,166 @@
-"""Step 2 in eager mode: the reference's forward, and its derivative in closed form.
+"""The four steps in eager mode: the reference's forward, and its derivative in closed form.
 
-Autograd would record some twenty operations and keep most of what they made. The closed form keeps the normalized
-values, which the recovery needs anyway, and one number a column.
+Autograd would record some twenty operations and keep most of what they made. The closed form keeps the input, which is
+there anyway, and a few numbers a column.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from normwise.kernels.reference import by_definition
-from normwise.moments import Moments
-from normwise.normalizers import RMS, Normalized, Normalizer, Standardize
-from normwise.plan import dim_product
+from normwise.kernels.reference import Parameters, Result, Steps, four_steps
+from normwise.moments import Moments, only, sample_count
+from normwise.normalizers import RMS, Line, Normalizer, Standardize
+from normwise.recoveries import Affine, Recovery, Scale
+from normwise.sums import column_sum
+from normwise.transforms import being_traced
 
-# The normalizers whose derivative this is, and whether they subtract the mean.
+# The normalizers whose derivative this is, and whether they subtract the mean; the recoveries that it knows.
 _CENTERS: dict[type[Normalizer], bool] = {Standardize: True, RMS: False}
+_RECOVERIES: tuple[type[Recovery] | type[None], ...] = (Affine, Scale, type(None))
 
 
-def closed_form(normalizer: Normalizer, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Normalized:
-    """`normalizer.normalize`, differentiated by the closed form where nothing but ordinary autograd looks on."""
-    known = type(normalizer) in _CENTERS
-    if not (known and torch.is_grad_enabled() and view.requires_grad) or _under_a_transform():
-        return by_definition(normalizer, view, dims, dtype)
-    values, slope, mean, m2 = _ClosedForm.apply(normalizer, view, dims, dtype)  # type: ignore[no-untyped-call]
-    return Normalized(values, slope, Moments(dim_product(view.shape, dims), mean, m2))
+def run(x: Tensor, steps: Steps, parameters: Parameters = ()) -> Result:
+    """`four_steps`, differentiated in closed form where that is known and nothing but ordinary autograd looks on."""
+    if x.numel() == 0 or being_traced() or not _known(steps) or not _differentiates(x, parameters):
+        return four_steps(x, steps, parameters)
+    weight, bias = [*parameters, None, None][:2]
+    output, *moments = _ClosedForm.apply(steps, x, weight, bias)  # type: ignore[no-untyped-call]
+    if moments[0] is None:
+        return Result(output, None, None)
+    count, mean, m2 = moments
+    return Result(output, Moments(count, mean, m2), None)
+
+
+def _known(steps: Steps) -> bool:
+    recalled = steps.recalled
+    if recalled is not None and (recalled.use == "fallback" or any(s.requires_grad for s in recalled.statistics)):
+        return False
+    return type(steps.normalizer) in _CENTERS and type(steps.recovery) in _RECOVERIES
+
+
+def _differentiates(x: Tensor, parameters: Parameters) -> bool:
+    wanted = x.requires_grad or any(isinstance(p, Tensor) and p.requires_grad for p in parameters)
+    return wanted and torch.is_grad_enabled()
+
+
+class _Saved(NamedTuple):
+    """What the backward needs: the input and the parameters as they came, and the numbers of each column."""
+
+    x: Tensor
+    weight: Tensor | float | None
+    bias: Tensor | float | None
+    steps: Steps
+    line: Line
+    correction: tuple[Tensor, Tensor] | None
+    measured: bool  # whether the line depends on the input
 
 
 class _ClosedForm(torch.autograd.Function):
-    """View -> values, slope, and the moments (not differentiable).
+    """Input, weight and bias -> output, and the moments (not differentiable).
 
-    With v the values, s the slope, n the rows of a column and means taken over the column:
-    dx = s (dv - mean(dv) - v mean(dv v)) - ds s^2 v / n, without mean(dv) where no mean is subtracted. It is written in
-    differentiable operations on the function's own outputs, so that derivatives of every order are right.
+    With v the values, s the slope, n the samples of a column and means taken over the column:
+    dx = s (dv - mean(dv) - v mean(dv v)), without mean(dv) where no mean is subtracted, and dx = s dv where the
+    statistics were remembered. Where a derivative of this derivative is wanted, it is taken of the definition instead,
+    and so is right at every order.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, normalizer: Normalizer, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        values, slope, moments = normalizer.normalize(view, dims, dtype)
-        ctx.save_for_backward(values, slope)
-        ctx.mark_non_differentiable(moments.mean, moments.m2)
-        ctx.set_materialize_grads(False)
-        ctx.dims, ctx.centers = dims, _CENTERS[type(normalizer)]
-        return values, slope, moments.mean, moments.m2
+        ctx: Any, steps: Steps, x: Tensor, weight: Tensor | float | None, bias: Tensor | float | None
+    ) -> tuple[Tensor, Any, Tensor | None, Tensor | None]:
+        result = four_steps(x, steps, _given(weight, bias))
+        line = cast("Line", result.line)  # `_known` has seen that there is a single one
+        _save(ctx, _Saved(x, weight, bias, steps, line, result.correction, result.moments is not None))
+        moments = result.moments or (None, None, None)
+        ctx.mark_non_differentiable(*(m for m in moments if isinstance(m, Tensor)))
+        return result.output, *moments
 
     @staticmethod
-    def backward(
-        ctx: Any, d_values: Tensor | None, d_slope: Tensor | None, *_: None
-    ) -> tuple[None, Tensor | None, None, None]:
-        values, slope = ctx.saved_tensors
-        d_view = None
-        if d_values is not None:
-            along = values * (d_values * values).mean(ctx.dims, keepdim=True)
-            level = d_values.mean(ctx.dims, keepdim=True) if ctx.centers else 0.0
-            d_view = slope * (d_values - level - along)
-        if d_slope is not None:
-            through = -d_slope * slope.square() / dim_product(values.shape, ctx.dims) * values
-            d_view = through if d_view is None else d_view + through
-        return None, d_view, None, None
+    def backward(ctx: Any, d_output: Tensor, *_: None) -> tuple[None, Tensor | None, Tensor | None, Tensor | None]:
+        saved, (_, *wanted) = _load(ctx), ctx.needs_input_grad
+        differentiate = _by_definition if torch.is_grad_enabled() else _in_closed_form
+        return None, *differentiate(saved, d_output, wanted)
 
 
-def _under_a_transform() -> bool:
-    """Whether a compiler, functorch or forward-mode differentiation traces the operations themselves."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _by_definition(saved: _Saved, d_output: Tensor, wanted: Sequence[bool]) -> Gradients:
+    """Differentiable gradients: those that autograd makes of the definition."""
+    inputs = (saved.x, saved.weight, saved.bias)
+    output = four_steps(saved.x, saved.steps, _given(saved.weight, saved.bias)).output
+    chosen = [x for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
+    found = iter(torch.autograd.grad(output, chosen, d_output, create_graph=True))  # type: ignore[arg-type]
+    return tuple(next(found) if is_wanted else None for is_wanted in wanted)  # type: ignore[return-value]
+
+
+def _in_closed_form(saved: _Saved, d_output: Tensor, wanted: Sequence[bool]) -> Gradients:
+    steps, line = saved.steps, saved.line
+    plan, valid, wide = steps.plan, steps.valid, line.inverse.dtype
+    values = line.values(only(saved.x.to(wide).reshape(plan.view), valid), valid)
+    d_values = only(d_output.to(wide).reshape(plan.view), valid)
+    d_x = d_weight = d_bias = None
+    if wanted[2]:
+        d_bias = _sum_to(d_values, saved.bias)
+    if wanted[1]:
+        recovered = values if saved.correction is None else values * saved.correction[0] + saved.correction[1]
+        d_weight = _sum_to(d_values * recovered, saved.weight)
+    if wanted[0]:
+        for factor in (saved.weight, None if saved.correction is None else saved.correction[0]):
+            if factor is not None:
+                d_values = d_values * factor
+        if saved.measured:
+            d_values = _through_statistics(d_values, values, steps)
+        d_x = only(line.slope * d_values, valid).to(saved.x.dtype).reshape(plan.shape)
+    return d_x, d_weight, d_bias
+
+
+def _through_statistics(d_values: Tensor, values: Tensor, steps: Steps) -> Tensor:
+    """What is left of a gradient when what moves the column's statistics is taken out."""
+    dims = steps.plan.reduced
+    count = sample_count(values.shape, dims, steps.valid)
+    if isinstance(count, Tensor):
+        count = count.clamp_min(1)
+    along = values * (column_sum(d_values * values, dims) / count)
+    if _CENTERS[type(steps.normalizer)]:
+        d_values = d_values - column_sum(d_values, dims) / count
+    return d_values - along
+
+
+def _sum_to(x: Tensor, parameter: Tensor | float | None) -> Tensor:
+    """The sum over the dimensions along which a parameter was repeated."""
+    shape = () if not isinstance(parameter, Tensor) else parameter.shape
+    return column_sum(x, tuple(dim for dim, size in enumerate(shape) if size == 1 and x.shape[dim] != 1))
+
+
+def _given(weight: Tensor | float | None, bias: Tensor | float | None) -> Parameters:
+    return [parameter for parameter in (weight, bias) if parameter is not None]
+
+
+def _save(ctx: Any, saved: _Saved) -> None:
+    """Tensors where autograd watches over them, the rest beside them."""
+    steps, line = saved.steps, saved.line
+    parameters = [p if isinstance(p, Tensor) else None for p in (saved.weight, saved.bias)]
+    statistics = () if steps.recalled is None else steps.recalled.statistics
+    single = (saved.x, *parameters, steps.valid, line.scale, line.inverse, *(saved.correction or (None, None)))
+    ctx.save_for_backward(*single, *line.offsets, *statistics)
+    recalled = None if steps.recalled is None else steps.recalled._replace(statistics=())
+    ctx.steps, ctx.offsets = steps._replace(valid=None, recalled=recalled), len(line.offsets)
+    ctx.numbers = [None if isinstance(p, Tensor) else p for p in (saved.weight, saved.bias)]
+    ctx.measured = saved.measured
+
+
+def _load(ctx: Any) -> _Saved:
+    x, weight, bias, valid, scale, inverse, r, d, *rest = ctx.saved_tensors
+    weight, bias = (n if p is None else p for p, n in zip((weight, bias), ctx.numbers, strict=True))
+    line = Line(scale, tuple(rest[: ctx.offsets]), inverse)
+    recalled = ctx.steps.recalled
+    if recalled is not None:
+        recalled = recalled._replace(statistics=tuple(rest[ctx.offsets :]))
+    steps = ctx.steps._replace(valid=valid, recalled=recalled)
+    return _Saved(x, weight, bias, steps, line, None if r is None else (r, d), ctx.measured)

@@ -6,18 +6,51 @@ Every other kernel is checked against this one, and this one against torch.nn an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from normwise.moments import Moments
-from normwise.normalizers import Normalized, Normalizer
+from normwise.moments import Moments, only
+from normwise.normalizers import Line, Normalizer
 from normwise.plan import Over, Plan, place
 from normwise.recoveries import Recovery
 
-Normalize: TypeAlias = Callable[[Normalizer, Tensor, tuple[int, ...], torch.dtype], Normalized]
+Parameters: TypeAlias = Sequence[Tensor | float]
+Use: TypeAlias = Literal["instead", "fallback", "correct"]
+
+
+class Recalled(NamedTuple):
+    """Remembered statistics, shaped to broadcast against the view, and what they are for.
+
+    "instead": of this batch's statistics; "fallback": for columns with fewer than `least` samples; "correct": batch
+    renormalization within `limits`, which are r_max and d_max.
+    """
+
+    statistics: tuple[Tensor, ...]
+    use: Use = "instead"
+    least: int = 2
+    limits: tuple[Tensor, Tensor] | None = None
+
+
+class Steps(NamedTuple):
+    """What is done to a tensor of the plan's shape."""
+
+    plan: Plan
+    normalizer: Normalizer
+    recovery: Recovery | None = None
+    valid: Tensor | None = None  # what counts, shaped to broadcast against the view
+    recalled: Recalled | None = None
+
+
+class Result(NamedTuple):
+    """The output, the batch's moments if it was measured, and how the normalized values come from the view."""
+
+    output: Tensor
+    moments: Moments | None
+    line: Line | None  # None where there is no single one
+    correction: tuple[Tensor, Tensor] | None = None  # r and d
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -27,50 +60,63 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def by_definition(normalizer: Normalizer, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Normalized:
-    """Step 2 as the normalizer has it."""
-    return normalizer.normalize(view, dims, dtype)
-
-
-def four_steps(
-    x: Tensor,
-    plan: Plan,
-    normalizer: Normalizer,
-    recovery: Recovery | None = None,
-    parameters: Sequence[Tensor | None] = (),
-    parameter_over: Over = (),
-    remembered: tuple[Tensor, ...] | None = None,
-    memory_over: Over = (),
-    normalize: Normalize = by_definition,
-) -> tuple[Tensor, Moments | None]:
-    """Reshape, normalize, recover, output: the layer's result and, if this batch was measured, its moments.
+def four_steps(x: Tensor, steps: Steps, parameters: Parameters = ()) -> Result:
+    """Reshape, normalize, recover, output.
 
     Args:
         x: The input, of the plan's shape.
-        plan: The pattern's view of that shape.
-        normalizer: Step 2.
-        recovery: Step 3, or None.
-        parameters: The recovery's parameters, over the axes `parameter_over`; None: the value it starts from.
-        parameter_over: See `parameters`.
-        remembered: Statistics to normalize with, over the axes `memory_over`; None: measure this batch.
-        memory_over: See `remembered`.
-        normalize: How step 2 is computed when this batch is measured.
+        steps: What is done to it.
+        parameters: The recovery's, shaped to broadcast against the view: `placed` does that.
     """
-    wide = wide_dtype(x)
-    view = x.to(wide).reshape(plan.view)
-    moments = None
+    view = only(x.to(wide_dtype(x)).reshape(steps.plan.view), steps.valid)
     if x.numel() == 0:
-        normalized = view
-    elif remembered is None:
-        normalized, _, moments = normalize(normalizer, view, plan.reduced, x.dtype)
+        values, result = view, Result(view, None, None)
     else:
-        statistics = tuple(place(statistic.to(wide), memory_over, plan) for statistic in remembered)
-        normalized = normalizer.apply(view, statistics, x.dtype)
-    if recovery is not None:
-        starts = recovery.parameters.values()
-        placed = [
-            start if parameter is None else place(parameter.to(wide), parameter_over, plan)
-            for start, parameter in zip(starts, parameters, strict=True)
-        ]
-        normalized = recovery.recover(normalized, *placed)
-    return normalized.to(x.dtype).reshape(plan.shape), moments
+        values, result = _normalize(view, steps, x.dtype)
+    if steps.recovery is not None:
+        values = steps.recovery.recover(values, *parameters)
+    output = only(values, steps.valid).to(x.dtype).reshape(steps.plan.shape)
+    return result._replace(output=output)
+
+
+def placed(
+    recovery: Recovery | None, parameters: Sequence[Tensor | None], over: Over, plan: Plan, x: Tensor
+) -> Parameters:
+    """The recovery's parameters for the view of an input; one that is None has the value it starts from."""
+    if recovery is None:
+        return ()
+    starts = recovery.parameters.values()
+    wide = wide_dtype(x)
+    return [
+        start if parameter is None else place(parameter.to(wide), over, plan)
+        for start, parameter in zip(starts, parameters, strict=True)
+    ]
+
+
+def _normalize(view: Tensor, steps: Steps, dtype: torch.dtype) -> tuple[Tensor, Result]:
+    """Step 2: the normalized values, and the rest of the result."""
+    recalled, valid = steps.recalled, steps.valid
+    remembered = None if recalled is None else steps.normalizer.recall(recalled.statistics, dtype)
+    if recalled is not None and remembered is not None and recalled.use == "instead":
+        values = remembered.values(view, valid)
+        return values, Result(values, None, remembered)
+    values, line, moments = steps.normalizer.normalize(view, steps.plan.reduced, dtype, valid)
+    result = Result(values, moments, line)
+    if recalled is not None and remembered is not None and recalled.use == "fallback":
+        enough = torch.as_tensor(moments.count, device=view.device) >= recalled.least
+        return torch.where(enough, values, remembered.values(view, valid)), result._replace(line=None)
+    if recalled is not None and remembered is not None and recalled.limits is not None:
+        r, d = _correction(line, moments, remembered, recalled.limits)
+        return values * r + d, result._replace(correction=(r, d))
+    return values, result
+
+
+def _correction(line: Line, moments: Moments, remembered: Line, limits: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Batch renormalization's r and d: what turns this batch's line into the memory's, within the limits."""
+    r_max, d_max = limits
+    slope = remembered.slope.detach()
+    r = (slope / line.slope.detach()).clamp(1 / r_max, r_max)
+    distance = moments.mean
+    for offset in remembered.offsets:
+        distance = distance - offset
+    return r, (distance * slope).clamp(-d_max, d_max)

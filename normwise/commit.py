@@ -1,0 +1,313 @@
+"""How memory changes: what a batch brings, and the one operator that lets it enter.
+
+The operator is registered with torch, because an update in place from Python enters twice when a checkpointed block is
+run again, and cannot be mapped or transformed. Inside of the operator both are seen: a recomputation changes nothing,
+and a mapped call enters example by example, as a loop would. Eager calls run the same function without the operator's
+dispatch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normwise.errors import NonFiniteError, RecomputeError
+from normwise.memory import Memory
+from normwise.moments import STATISTICS, Moments, merge
+from normwise.plan import Over, Plan, averaged, gather
+from normwise.sums import column_sum
+from normwise.transforms import being_traced, recomputing
+
+
+class Store(NamedTuple):
+    """The buffers of one memory, over its axes where nothing else is said."""
+
+    statistics: tuple[Tensor, ...]  # in the order of the normalizer's `remembers`
+    batches: Tensor | None = None  # how many batches entered: one number, or one for each place of the elastic axis
+    skipped: Tensor | None = None  # how many did not, because they were not finite
+    samples: Tensor | None = None  # how many samples the last batch had
+    pool: tuple[Tensor, ...] = ()  # calls, columns, count, mean, m2 of what is accumulated
+    seen: tuple[Tensor, ...] = ()  # what a layer that reads its memory in training read last, and of which batch
+
+
+class Entry(NamedTuple):
+    """What a batch brings to a memory: its moments over the memory's axes, and how many columns they average."""
+
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody counts with
+    mean: Tensor
+    m2: Tensor
+    columns: Tensor
+
+    @property
+    def moments(self) -> Moments:
+        """Without the number of columns."""
+        return Moments(self.count, self.mean, self.m2)
+
+
+def entry(moments: Moments, over: Over, plan: Plan, *, unbiased: bool, least: int) -> Entry:
+    """The moments over the named axes. Kept axes that are not named are averaged over the columns that have samples.
+
+    Averaged are means and variances, as torch's InstanceNorm does it, and not the samples joined.
+    """
+    mean, m2 = moments.mean, moments.m2
+    count = torch.as_tensor(moments.count, dtype=mean.dtype, device=mean.device).expand(mean.shape)
+    columns = torch.ones_like(mean)
+    dims = averaged(mean.shape, over, plan)
+    if dims:
+        enough = count >= least
+        columns = column_sum(enough.to(mean.dtype), dims)
+
+        def average(x: Tensor) -> Tensor:
+            return column_sum(torch.where(enough, x, torch.zeros_like(x)), dims) / columns.clamp_min(1)
+
+        variance = average(m2 / (count - int(unbiased)))
+        mean, count = average(mean), average(count)
+        m2 = variance * (count - int(unbiased))
+    return Entry(*(gather(x, over, plan) for x in (count, mean, m2, columns)))
+
+
+def commit(
+    memory: Memory,
+    remembers: tuple[str, ...],
+    store: Store,
+    batch: Entry,
+    *,
+    least: int,
+    owner: object,
+    window: int = 1,
+    joins: bool = True,
+) -> None:
+    """Let one batch enter the buffers, in place, once.
+
+    A batch that is not finite enters as the memory's `nonfinite` says; a column with fewer than `least` samples does
+    not. With a pool, batches are joined there until there are `window`, and then enter as one.
+
+    Args:
+        memory: Its rate and policies.
+        remembers: The names of the statistics.
+        store: The buffers.
+        batch: What enters. Along an elastic axis it may be shorter than the buffers.
+        least: Samples that a column must have.
+        owner: Whose memory it is, for warnings and errors; `str()` is asked when there is one.
+        window: How many batches the pool takes.
+        joins: Whether pooled batches are joined sample by sample; otherwise their columns are averaged.
+
+    Raises:
+        NonFiniteError: the policy is "raise" and a statistic is not finite.
+        ValueError: an average of all batches that nobody counts.
+    """
+    if memory.update_rate is None and store.batches is None:
+        raise ValueError(f"{memory} needs to know the number of batches, and nobody counts them")
+    run = _operator if being_traced() else _commit
+    run(
+        store.statistics,
+        store.batches,
+        store.skipped,
+        store.samples,
+        store.pool,
+        list(batch),
+        ",".join(remembers),
+        memory.update_rate,
+        memory.unbiased,
+        memory.nonfinite,
+        window,
+        joins,
+        least,
+        str(owner) if being_traced() else owner,
+    )
+
+
+def flush(memory: Memory, remembers: tuple[str, ...], store: Store, *, least: int) -> None:
+    """Let what the pool holds enter, full or not, and empty it."""
+    calls, *held = store.pool
+    if calls > 0:
+        commit(memory, remembers, store._replace(pool=()), Entry(*held), least=least, owner="")
+    for buffer in store.pool:
+        buffer.zero_()
+
+
+@torch.no_grad()
+def _commit(
+    statistics: Sequence[Tensor],
+    batches: Tensor | None,
+    skipped: Tensor | None,
+    samples: Tensor | None,
+    pool: Sequence[Tensor],
+    batch: Sequence[Tensor],
+    remembers: str,
+    update_rate: float | None,
+    unbiased: bool,
+    nonfinite: str,
+    window: int,
+    joins: bool,
+    least: int,
+    owner: object,
+) -> None:
+    if recomputing():
+        return
+    entered = Entry(*batch)
+    enters = entered.count >= least
+    if nonfinite != "keep":
+        finite = ((entered.mean.isfinite() & entered.m2.isfinite()) | ~enters).all()
+        _report(entered, finite, nonfinite, skipped, owner)
+        enters = enters & finite
+        if skipped is not None:
+            skipped.add_(~finite)
+    if samples is not None:
+        samples.zero_()
+        count = entered.count * entered.columns
+        _corner(samples, count).copy_(torch.where(enters, count, torch.zeros_like(count)))
+    if pool:
+        entered, enters = _pool(pool, entered, enters, window, joins=joins, unbiased=unbiased)
+    counter = None if batches is None else _corner(batches, enters)
+    for old, name in zip(statistics, remembers.split(","), strict=True):
+        old = _corner(old, enters)
+        new = STATISTICS[name](entered.moments, unbiased=unbiased).to(old.dtype)
+        rate = update_rate if counter is None or update_rate is not None else (counter + 1).to(old.dtype).reciprocal()
+        old.lerp_(torch.where(enters, new, old), rate)  # type: ignore[arg-type]  # commit() saw that there is a rate
+    if counter is not None:
+        counter.add_(_any(enters, counter.shape))
+
+
+_ARGUMENTS = tuple(inspect.signature(_commit).parameters)
+_operator = torch.library.custom_op(
+    "normwise::commit",
+    _commit,
+    mutates_args=("statistics", "batches", "skipped", "samples", "pool"),
+    schema="(Tensor(a!)[] statistics, Tensor(b!)? batches, Tensor(c!)? skipped, Tensor(d!)? samples, "
+    "Tensor(e!)[] pool, Tensor[] batch, str remembers, float? update_rate, bool unbiased, str nonfinite, "
+    "int window, bool joins, int least, str owner) -> ()",
+)
+
+
+@_operator.register_fake
+def _commit_fakely(*args: object) -> None:
+    return None
+
+
+@_operator.register_vmap
+def _commit_one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[None, None]:
+    """A mapped commit: the examples enter in order, as they would in a loop."""
+    at = _ARGUMENTS.index("batch")
+    for example in range(info.batch_size):
+        batch = [x if dim is None else x.select(dim, example) for x, dim in zip(args[at], in_dims[at], strict=True)]
+        _operator(*args[:at], batch, *args[at + 1 :])
+    return None, None
+
+
+def recall(store: Store, batch: Tensor, owner: object) -> Store:
+    """The memory as a batch in training sees it, which is as it saw it the first time if it is computed again.
+
+    Args:
+        store: The buffers.
+        batch: A number or more that tells this batch from another, over the memory's axes.
+        owner: Whose memory it is, for the error.
+
+    Raises:
+        RecomputeError: a checkpointed forward is computed again after another batch has been seen.
+    """
+    run = _recall_operator if being_traced() else _recall
+    remembered = [*store.statistics, *(() if store.batches is None else (store.batches,))]
+    first_seen = run(remembered, store.seen, batch, str(owner) if being_traced() else owner)
+    statistics = tuple(first_seen[: len(store.statistics)])
+    return store._replace(statistics=statistics, batches=first_seen[-1] if store.batches is not None else None)
+
+
+@torch.no_grad()
+def _recall(memory: Sequence[Tensor], seen: Sequence[Tensor], batch: Tensor, owner: object) -> list[Tensor]:
+    last, *snapshot = seen
+    last = _corner(last, batch)
+    if not recomputing():
+        last.copy_(batch)
+        for kept, now in zip(snapshot, memory, strict=True):
+            kept.copy_(now)
+    elif not ((last == batch) | (last.isnan() & batch.isnan())).all():
+        raise RecomputeError(
+            f"{owner}: a checkpointed forward is computed again, but its memory has seen another batch since: this "
+            "layer reads its memory in training, so run each backward before the next forward, or do not checkpoint it"
+        )
+    return [kept.clone() for kept in snapshot]
+
+
+_recall_operator = torch.library.custom_op(
+    "normwise::recall",
+    _recall,
+    mutates_args=("seen",),
+    schema="(Tensor[] memory, Tensor(a!)[] seen, Tensor batch, str owner) -> Tensor[]",
+)
+
+
+@_recall_operator.register_fake
+def _recall_fakely(memory: Sequence[Tensor], *args: object) -> list[Tensor]:
+    return [torch.empty_like(kept) for kept in memory]
+
+
+@_recall_operator.register_vmap
+def _recall_refuses(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    raise RecomputeError(f"{args[-1]}: a layer that reads its memory in training cannot be mapped: use a loop")
+
+
+def _pool(
+    pool: Sequence[Tensor], batch: Entry, enters: Tensor, window: int, *, joins: bool, unbiased: bool
+) -> tuple[Entry, Tensor]:
+    """Join a batch to the pool; what is there, and whether it enters the memory now, in which case it is emptied."""
+    calls, *held = pool
+    parts = Entry(*(_corner(buffer, enters) for buffer in held))
+    present = Entry(*(torch.where(enters, x, torch.zeros_like(x)) for x in batch))
+    for part, joined in zip(parts, _joined(parts, present, joins=joins, unbiased=unbiased), strict=True):
+        part.copy_(joined)
+    calls.add_(1)
+    full = calls >= window
+    total = Entry(*(buffer.clone() for buffer in held))
+    for buffer in pool:
+        buffer.copy_(torch.where(full, torch.zeros_like(buffer), buffer))
+    return total, (total.columns > 0) & full
+
+
+def _joined(a: Entry, b: Entry, *, joins: bool, unbiased: bool) -> Entry:
+    """Two entries joined sample by sample, or averaged column by column."""
+    if joins:
+        return Entry(*merge(a.moments, b.moments), torch.maximum(a.columns, b.columns))  # type: ignore[arg-type]
+    columns = a.columns + b.columns
+    share = b.columns / columns.clamp_min(1)
+    count, mean = torch.lerp(a.count, b.count, share), torch.lerp(a.mean, b.mean, share)
+    variance = torch.lerp(a.m2 / (a.count - int(unbiased)), b.m2 / (b.count - int(unbiased)), share)
+    return Entry(count, mean, variance * (count - int(unbiased)), columns)
+
+
+def _report(batch: Entry, finite: Tensor, nonfinite: str, skipped: Tensor | None, owner: object) -> None:
+    """Raise, or warn the first time, where the host sees it for nothing; elsewhere the count waits for it.
+
+    There is no warning of values so large that only their variance is not finite.
+    """
+    if (nonfinite == "skip" and finite.device.type != "cpu") or finite.all():
+        return
+    message = f"{owner}: the batch's statistics are not finite"
+    if nonfinite == "raise":
+        raise NonFiniteError(f"{message}, and nothing of it has entered the memory")
+    first = skipped is None or not skipped.any()
+    if first and not (batch.mean.isfinite().all() and not batch.m2.isnan().any()):
+        warnings.warn(f"{message}: it does not enter the memory; skipped_batches counts such batches", stacklevel=2)
+
+
+def _corner(buffer: Tensor, like: Tensor) -> Tensor:
+    """The part of a buffer that a shorter batch covers."""
+    for dim, size in enumerate(buffer.shape):
+        if size > like.shape[dim]:
+            buffer = buffer.narrow(dim, 0, like.shape[dim])
+    return buffer
+
+
+def _any(flags: Tensor, shape: Sequence[int]) -> Tensor:
+    """Whether any flag is set, for one number or for each place along the dimensions that `shape` keeps."""
+    if len(shape) == 0:
+        return flags.any()
+    for dim, size in enumerate(shape):
+        if size == 1:
+            flags = flags.any(dim, keepdim=True)
+    return flags

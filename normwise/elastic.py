@@ -1,0 +1,89 @@
+"""Statistics for more or fewer places of an axis than are remembered: a longer sequence than any in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from normwise.errors import ShapeError
+from normwise.memory import Beyond
+from normwise.transforms import being_traced
+
+
+def stretched(
+    statistics: Sequence[Tensor],
+    names: Sequence[str],
+    batches: Tensor | None,
+    dim: int,
+    axis: str,
+    length: int,
+    beyond: Beyond,
+) -> tuple[Tensor, ...]:
+    """Remembered statistics for the first `length` places of an axis.
+
+    Places that no batch has entered, and those past the end, have those of the last place before them that one has
+    ("last"), or of all such places joined ("pooled"), or are refused ("raise").
+
+    Args:
+        statistics: Remembered, with the axis at dimension `dim`.
+        names: What they are: "mean", "var", "mean_square".
+        batches: How many batches entered each place; None, or all 0: every place counts as entered.
+        dim: See `statistics`.
+        axis: The axis' name, for the error.
+        length: Of the input.
+        beyond: The policy.
+
+    Raises:
+        ShapeError: nothing is remembered, or the policy is "raise" and a place was never entered.
+    """
+    known = statistics[0].shape[dim]
+    device = statistics[0].device
+    if known == 0 and length > 0:
+        raise ShapeError(f"nothing is remembered along axis '{axis}' yet: run a batch in training mode first")
+    entered = torch.ones(known, dtype=torch.bool, device=device) if batches is None else batches.reshape(-1) > 0
+    entered = entered | ~entered.any()
+    if beyond == "raise":
+        _refuse(entered, axis, length)
+        return tuple(statistic.narrow(dim, 0, length) for statistic in statistics)
+    places = torch.arange(length, device=device).clamp_max(known - 1)
+    if beyond == "last":
+        here = torch.arange(known, device=device)
+        last = torch.where(entered, here, torch.full_like(here, -1)).cummax(0).values
+        last = torch.where(last < 0, entered.int().argmax(), last)
+        return tuple(statistic.index_select(dim, last[places]) for statistic in statistics)
+    taken = [statistic.index_select(dim, places) for statistic in statistics]
+    column = [length if d == dim else 1 for d in range(statistics[0].dim())]
+    seen = (entered[places] & (torch.arange(length, device=device) < known)).reshape(column)
+    pooled = _pooled(statistics, names, entered, dim)
+    return tuple(torch.where(seen, own, joined) for own, joined in zip(taken, pooled, strict=True))
+
+
+def _refuse(entered: Tensor, axis: str, length: int) -> None:
+    known = entered.shape[0]
+    if length > known:
+        raise ShapeError(
+            f"axis '{axis}' has {length} places, {known} are remembered, "
+            f"and beyond={{'{axis}': 'raise'}} allows no more"
+        )
+    message = f"axis '{axis}' has places within the first {length} that no batch has entered"
+    if being_traced():
+        torch._assert_async(entered[:length].all(), message)
+    elif not entered[:length].all():
+        raise ShapeError(f"{message}, and beyond={{'{axis}': 'raise'}} allows none")
+
+
+def _pooled(statistics: Sequence[Tensor], names: Sequence[str], entered: Tensor, dim: int) -> list[Tensor]:
+    """The statistics of all entered places joined, each with equal weight; a variance includes that of the means."""
+    column = [-1 if d == dim else 1 for d in range(statistics[0].dim())]
+    weights = entered.to(statistics[0].dtype).reshape(column)
+    total = weights.sum()
+
+    def average(x: Tensor) -> Tensor:
+        return (x * weights).sum(dim, keepdim=True) / total
+
+    means = {name: average(statistic) for name, statistic in zip(names, statistics, strict=True)}
+    if "var" in means and "mean" in means:
+        means["var"] = means["var"] + average((statistics[names.index("mean")] - means["mean"]).square())
+    return [means[name] for name in names]

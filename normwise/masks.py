@@ -1,0 +1,107 @@
+"""What counts: masks and lengths over named axes, seen through a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from normwise.errors import PatternError, ShapeError
+from normwise.pattern import ELLIPSIS, Pattern, check_known, parse_names
+from normwise.plan import Plan, place
+from normwise.transforms import being_traced
+
+Lengths: TypeAlias = Mapping[str, Tensor | Sequence[int]]
+
+
+def valid_view(
+    pattern: Pattern,
+    plan: Plan,
+    valid: Tensor | None,
+    valid_axes: str | None,
+    lengths: Lengths | None,
+    device: torch.device,
+) -> Tensor | None:
+    """One mask that broadcasts against the plan's view, True where an element counts; None: everything does.
+
+    Args:
+        pattern: Names the axes.
+        plan: Of the input.
+        valid: A bool mask over `valid_axes`.
+        valid_axes: For example "n t"; None: the leading dimensions of the input.
+        lengths: For each named axis how many places count, over the leading dimensions of the input.
+        device: Of the input.
+
+    Raises:
+        TypeError: a mask that is not bool, lengths that are not whole numbers.
+        ShapeError: a mask or lengths that do not fit.
+        PatternError: an axis that is not in the pattern.
+    """
+    masks = [] if valid is None else [_mask(pattern, plan, valid, valid_axes)]
+    for name, counts in (lengths or {}).items():
+        masks.append(_up_to(pattern, plan, name, torch.as_tensor(counts, device=device)))
+    if valid is None and valid_axes is not None:
+        raise PatternError(f"valid_axes='{valid_axes}' says which axes `valid` covers, and there is no `valid`")
+    if not masks:
+        return None
+    combined = masks[0]
+    for mask in masks[1:]:
+        combined = combined & mask
+    return combined
+
+
+def masked_axes(mask: Tensor, plan: Plan) -> set[str]:
+    """The names of the axes along which a mask may differ."""
+    return {name for name, size in zip(plan.names, mask.shape, strict=True) if size != 1}
+
+
+def _mask(pattern: Pattern, plan: Plan, valid: Tensor, valid_axes: str | None) -> Tensor:
+    if valid.dtype != torch.bool:
+        raise TypeError(
+            f"valid is {valid.dtype}, and a mask of what counts is bool: attention_mask.bool(), or ~key_padding_mask"
+        )
+    if valid_axes is None:
+        return _leading(plan, valid, "valid", "; valid_axes='n t' says which axes a mask covers, for example")
+    over = parse_names(valid_axes)
+    names = [name for dim in over for name in dim]
+    check_known(pattern, names, "valid_axes")
+    sizes = tuple(math.prod([plan.size(name) for name in dim]) for dim in over)
+    if tuple(valid.shape) != sizes:
+        raise ShapeError(f"valid has shape {tuple(valid.shape)}, but axes '{valid_axes}' have {sizes}: {plan.shape}")
+    return place(valid, over, plan)
+
+
+def _up_to(pattern: Pattern, plan: Plan, name: str, counts: Tensor) -> Tensor:
+    """The first places of an axis, as many as `counts` says for each example."""
+    check_known(pattern, [name], "lengths")
+    if name == ELLIPSIS:
+        raise PatternError("lengths names '...', which is no single axis", pattern.text)
+    if counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
+        raise TypeError(f"lengths of axis '{name}' are {counts.dtype}, and lengths are whole numbers")
+    size = plan.size(name)
+    here = _leading(plan, counts, f"lengths of axis '{name}'", "")
+    if not being_traced() and counts.device.type == "cpu" and counts.numel():
+        least, most = (int(bound) for bound in counts.aminmax())
+        if least < 0 or most > size:
+            wrong = least if least < 0 else most
+            raise ShapeError(f"a length of {wrong} along axis '{name}', which has {size}: shape {plan.shape}")
+    dim = plan.names.index(name)
+    if here.shape[dim] != 1:
+        raise ShapeError(f"lengths of axis '{name}' must not have that axis themselves: shape {tuple(counts.shape)}")
+    places = torch.arange(size, device=counts.device)
+    return places.reshape([size if d == dim else 1 for d in range(len(plan.view))]) < here
+
+
+def _leading(plan: Plan, tensor: Tensor, what: str, hint: str) -> Tensor:
+    """A tensor over the leading dimensions of the input, shaped to broadcast against the view."""
+    rank = tensor.dim()
+    leading = plan.shape[:rank]
+    if tuple(tensor.shape) != leading:
+        raise ShapeError(
+            f"{what}: shape {tuple(tensor.shape)}, but the input begins with {leading}: {plan.shape}{hint}"
+        )
+    dims = sum(plan.parts[:rank])
+    return tensor.reshape([*plan.view[:dims], *([1] * (len(plan.view) - dims))])

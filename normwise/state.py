@@ -1,0 +1,383 @@
+"""A layer's parameters and buffers: how they are made, sized, grown, moved, copied, saved and loaded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
+
+from normwise.commit import Store
+from normwise.errors import NormwiseError, ShapeError
+from normwise.memory import Memory
+from normwise.normalizers import Normalizer
+from normwise.plan import Plan, over_shape
+from normwise.spec import NormSpec
+
+_START = {"running_mean": 0.0, "running_var": 1.0, "running_mean_square": 1.0}
+_POOL = ("_pool_calls", "_pool_count", "_pool_mean", "_pool_m2", "_pool_columns")  # Entry's, after the calls
+
+
+class _Buffer(NamedTuple):
+    """What a buffer of a memory is."""
+
+    name: str
+    shape: str  # "memory": over the memory's axes; "counter": along the elastic axis only; "single": one number
+    whole: bool = False  # whether it holds whole numbers
+    persistent: bool = True
+
+
+def _buffers_of(normalizer: Normalizer, memory: Memory) -> list[_Buffer]:
+    """The buffers of a memory, in torch's order."""
+    counter = "single" if memory.elastic is None else "counter"
+    buffers = [_Buffer(f"running_{name}", "memory") for name in normalizer.remembers]
+    buffers.append(_Buffer("num_batches_tracked", counter, whole=True))
+    if memory.elastic is not None:
+        buffers.append(_Buffer("batch_samples", "memory", persistent=False))
+    if memory.updates and (memory.renorm is not None or memory.degenerate == "memory"):
+        buffers.append(_Buffer("_seen_batch", "memory", persistent=False))
+        buffers += [_Buffer(f"_seen_{name}", "memory", persistent=False) for name in normalizer.remembers]
+        buffers.append(_Buffer("_seen_batches", counter, whole=True, persistent=False))
+    return buffers
+
+
+class _Holder(nn.Module):
+    """A module whose buffers stay float32 at least, and which is copied without what is being accumulated."""
+
+    skipped_batches: Tensor | None = None  # how many were not finite; not a buffer, because torch's layers have none
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move and convert as any module, but keep memory in float32 at least: 1e-8 does not fit in float16."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if after is not None and after.is_floating_point() and after.dtype.itemsize < buffer.dtype.itemsize:
+                wide = torch.promote_types(after.dtype, torch.float32)
+                self._buffers[name] = buffer.to(device=after.device, dtype=wide)
+        if self.skipped_batches is not None:
+            self.skipped_batches = fn(self.skipped_batches)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state["_buffers"] = {name: buffer for name, buffer in self._buffers.items() if name not in _POOL}
+        return state
+
+    def _widen(self) -> None:
+        """Undo what `load_state_dict(assign=True)` does with a checkpoint in half precision."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and buffer.dtype.itemsize < 4:
+                self._buffers[name] = buffer.float()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._widen()
+
+
+class Stateful(_Holder):
+    """The state of a declared normalization; `Norm` adds what is done with it."""
+
+    spec: NormSpec
+    frozen: bool
+    _froze: tuple[str, ...]  # parameters that took gradients until they were frozen
+    _held: bool  # within `no_update`
+    _domain: str | None  # within `domain`
+    _window: int  # batches of `accumulate`; 0: none
+
+    def _register(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Names for everything; what is not declared is there as None, as in torch's layers."""
+        self.frozen, self._froze, self._held, self._domain, self._window = False, (), False, None, 0
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        for name in dict.fromkeys(("weight", "bias", *self._starts())):
+            self.register_parameter(name, self._new_parameter(options) if name in self._starts() else None)
+        memory = self.spec.memory
+        for name in (*(f"running_{name}" for name in self.spec.normalizer.remembers), "num_batches_tracked"):
+            self.register_buffer(name, None)
+        if memory is not None:
+            self._remember(self, memory, device, dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start anew: parameters at their first values, memory empty."""
+        self.reset_running_stats()
+        with torch.no_grad():
+            for name, start in self._starts().items():
+                parameter = self._parameters[name]
+                if parameter is not None and not is_lazy(parameter):
+                    parameter.fill_(start)
+
+    def reset_running_stats(self) -> None:
+        """Forget all batches, of every domain: mean 0, variance 1, none counted."""
+        for holder in self._holders():
+            for name, buffer in holder._buffers.items():
+                if buffer is not None and not is_lazy(buffer):
+                    buffer.fill_(_START.get(name, 0.0))
+            if holder.skipped_batches is not None:
+                holder.skipped_batches.zero_()
+
+    def train(self, mode: bool = True) -> Any:
+        """As any module; on leaving training, say which batches were skipped where the host could not see it."""
+        if self.training and not mode:
+            for holder in self._holders():
+                skipped = holder.skipped_batches
+                if skipped is not None and skipped.device.type not in ("cpu", "meta") and skipped.any():
+                    warnings.warn(f"{int(skipped)} batches whose statistics were not finite were skipped", stacklevel=2)
+        return super().train(mode)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The names of the memories beside the layer's own."""
+        held = self._modules.get("_domains")
+        return () if held is None else tuple(held._modules)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not within the context that the original happens to be in; it stays frozen, though."""
+        return {**super().__getstate__(), "_held": False, "_domain": None, "_window": 0}
+
+    def _starts(self) -> Mapping[str, float]:
+        return {} if self.spec.recovery is None else self.spec.recovery.parameters
+
+    def _parameters_of_recovery(self) -> list[Tensor | None]:
+        return [getattr(self, name) for name in self._starts()]
+
+    def _holder(self) -> _Holder:
+        """The module with the memory in use: the layer itself, or that of a domain."""
+        return self if self._domain is None else self._held_by(self._domain)
+
+    def _holders(self) -> Iterator[_Holder]:
+        yield self
+        for name in self.domains:
+            yield self._held_by(name)
+
+    def _held_by(self, domain: str) -> _Holder:
+        return cast("_Holder", cast("nn.Module", self._modules["_domains"])._modules[domain])
+
+    def _store(self) -> Store:
+        """The buffers in use."""
+        holder, remembers = self._holder(), self.spec.normalizer.remembers
+        buffers = holder._buffers
+        seen: tuple[Any, ...] = ()
+        if "_seen_batch" in buffers:
+            names = ("_seen_batch", *(f"_seen_{name}" for name in remembers), "_seen_batches")
+            seen = tuple(self._along_memory(buffers[name]) for name in names)
+        return Store(
+            tuple(buffers[f"running_{name}"] for name in remembers),  # type: ignore[misc]  # the caller saw them there
+            self._along_memory(buffers["num_batches_tracked"]),
+            holder.skipped_batches,
+            buffers.get("batch_samples"),
+            tuple(buffers[name] for name in _POOL) if self._window else (),  # type: ignore[misc]
+            seen,
+        )
+
+    def _along_memory(self, counter: Tensor | None) -> Tensor | None:
+        """A counter along the elastic axis, shaped to broadcast against the memory; any other buffer as it is."""
+        dim = self._elastic_dim
+        if counter is None or dim is None or counter.dim() != 1:
+            return counter
+        return counter.reshape([-1 if d == dim else 1 for d in range(len(self.spec.memory_over))])
+
+    @property
+    def _elastic_dim(self) -> int | None:
+        """The dimension of the memory that is its elastic axis."""
+        return None if self.spec.elastic is None else self.spec.memory_over.index((self.spec.elastic,))
+
+    def _frozen_state(self) -> tuple[bool, tuple[str, ...], dict[str, bool]]:
+        """What `_restore_frozen` needs to undo any freezing or unfreezing."""
+        return (
+            self.frozen,
+            self._froze,
+            {name: p.requires_grad for name, p in self._parameters.items() if p is not None},
+        )
+
+    def _restore_frozen(self, state: tuple[bool, tuple[str, ...], dict[str, bool]]) -> None:
+        self.frozen, self._froze, takes_gradient = state
+        for name, parameter in self._parameters.items():
+            if parameter is not None:
+                parameter.requires_grad_(takes_gradient.get(name, True))
+
+    def _set_frozen(self, frozen: bool, *, parameters: bool) -> None:
+        """Freeze the memory, and the parameters that take gradients; or give back what was frozen."""
+        learning = [name for name, p in self._parameters.items() if p is not None and p.requires_grad]
+        if frozen and parameters:
+            self._froze += tuple(learning)
+        for name in self._froze:
+            parameter = self._parameters[name]
+            if parameter is not None:
+                parameter.requires_grad_(not frozen)
+                parameter.grad = None
+        self.frozen = frozen
+        self._froze = self._froze if frozen else ()
+
+    def _add_domain(self, name: str) -> None:
+        """A memory more, empty."""
+        held = self._modules.get("_domains")
+        if held is None:
+            held = nn.Module()
+            self.add_module("_domains", held)
+        if self.spec.memory is not None and name not in held._modules:
+            like = self._buffers["num_batches_tracked"]
+            holder = _Holder()
+            kept = self._buffers[f"running_{self.spec.normalizer.remembers[0]}"]
+            if like is None or kept is None:
+                raise ValueError(f"domain '{name}' of a layer whose buffers are None")
+            self._remember(holder, self.spec.memory, like.device, kept.dtype)
+            holder.train(self.training)
+            held.add_module(name, holder)
+
+    def _add_pool(self, window: int) -> None:
+        pool = [_Buffer(_POOL[0], "single", persistent=False)]
+        pool += [_Buffer(name, "memory", persistent=False) for name in _POOL[1:]]
+        for holder in self._holders():
+            kept = holder._buffers[f"running_{self.spec.normalizer.remembers[0]}"]
+            if kept is not None:
+                self._fill(holder, pool, kept.device, kept.dtype)
+        self._window = window
+
+    def _drop_pool(self) -> None:
+        for holder in self._holders():
+            for name in _POOL:
+                holder._buffers.pop(name, None)
+                holder._non_persistent_buffers_set.discard(name)
+        self._window = 0
+
+    def _remember(self, holder: _Holder, memory: Memory, device: Any, dtype: torch.dtype | None) -> None:
+        """Give a module an empty memory."""
+        self._fill(holder, _buffers_of(self.spec.normalizer, memory), device, dtype)
+        if memory.updates:
+            holder.skipped_batches = torch.zeros((), dtype=torch.long, device=device)
+
+    def _fill(self, holder: _Holder, buffers: list[_Buffer], device: Any, dtype: torch.dtype | None) -> None:
+        """Register buffers at their start."""
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        for buffer in buffers:
+            options = {"device": device, "dtype": torch.long if buffer.whole else wide}
+            if self.spec.unknown and buffer.shape == "memory":
+                tensor: Tensor = _UnsizedBuffer(**options)
+            else:
+                shape = self._memory_shape() if buffer.shape == "memory" else ()
+                shape = (self._length(),) if buffer.shape == "counter" else shape
+                tensor = torch.full(shape, _START.get(buffer.name, 0.0), **options)
+            holder.register_buffer(buffer.name, tensor, persistent=buffer.persistent)
+
+    def _new_parameter(self, options: dict[str, Any]) -> Any:
+        if self.spec.unknown:
+            return UninitializedParameter(**options)
+        return nn.Parameter(torch.empty(over_shape(self.spec.parameter_over, dict(self.spec.sizes)), **options))
+
+    def _length(self) -> int:
+        """How many places of the elastic axis are remembered: as many as there are, declared, or none yet."""
+        kept = self._buffers.get("num_batches_tracked")
+        if kept is not None and kept.dim() == 1:
+            return kept.shape[0]
+        return dict(self.spec.sizes).get(self.spec.elastic or "", 0)
+
+    def _memory_shape(self, length: int | None = None) -> tuple[int, ...]:
+        sizes = dict(self.spec.sizes)
+        if self.spec.elastic is not None:
+            sizes[self.spec.elastic] = self._length() if length is None else length
+        return over_shape(self.spec.memory_over, sizes)
+
+    def _materialize_for(self, plan: Plan) -> None:
+        sizes = {name: plan.size(name) for name in self.spec.unknown}
+        if 0 in sizes.values():
+            empty = next(name for name, size in sizes.items() if size == 0)
+            raise ShapeError(f"the size of axis '{empty}' cannot be found from an empty input of shape {plan.shape}")
+        self._materialize(sizes)
+
+    def _materialize(self, sizes: Mapping[str, int]) -> None:
+        self.spec = self.spec.with_sizes(sizes)
+        for name in self._starts():
+            getattr(self, name).materialize(over_shape(self.spec.parameter_over, dict(self.spec.sizes)))
+        for holder in self._holders():
+            for buffer in holder._buffers.values():
+                if isinstance(buffer, UninitializedBuffer):
+                    buffer.materialize(self._memory_shape())
+        self.reset_parameters()
+
+    def _resize(self, length: int) -> None:
+        """Remember another number of places of the elastic axis; what is remembered stays."""
+        dim = self._elastic_dim
+        for holder in self._holders():
+            for name, buffer in holder._buffers.items():
+                if buffer is None or dim is None or buffer.dim() == 0 or is_lazy(buffer):
+                    continue
+                at = 0 if buffer.dim() == 1 and buffer.dtype == torch.long else dim
+                if buffer.shape[at] == length:
+                    continue
+                shape = [length if d == at else size for d, size in enumerate(buffer.shape)]
+                resized = buffer.new_full(shape, _START.get(name, 0.0))
+                both = min(length, buffer.shape[at])
+                resized.narrow(at, 0, both).copy_(buffer.narrow(at, 0, both))
+                holder._buffers[name] = resized
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """As `Module` does it, but what has no size yet is saved as it is, because it cannot be detached."""
+        super()._save_to_state_dict(destination, prefix, keep_vars=True)
+        for name in (*self._parameters, *self._buffers):
+            tensor = destination.get(prefix + name)
+            if tensor is not None and not keep_vars and not is_lazy(tensor):
+                destination[prefix + name] = tensor.detach()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Load, after taking sizes, lengths and domains that are not known yet from the checkpoint."""
+        errors: list[str] = args[-1]
+        name = prefix.rstrip(".") or type(self).__name__
+        try:
+            refusal = self._make_room(state_dict, prefix)
+        except NormwiseError as error:
+            refusal = str(error)
+        if refusal:
+            errors.append(f"{name}: {refusal}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _make_room(self, state_dict: Mapping[str, Any], prefix: str) -> str:
+        """Sizes, domains and lengths as in the checkpoint; what speaks against loading it, or nothing."""
+        spec = self.spec
+        remembered = {f"running_{name}": spec.memory_over for name in spec.normalizer.remembers}
+        if spec.unknown:
+            overs = {**dict.fromkeys(self._starts(), spec.parameter_over), **remembered}
+            found = [(overs[name], state_dict.get(prefix + name)) for name in overs]
+            shapes = [(over, tensor.shape) for over, tensor in found if tensor is not None and not is_lazy(tensor)]
+            sizes = spec.sizes_from(shapes)
+            missing = set(spec.unknown) - set(sizes)
+            if shapes and missing:
+                return f"the checkpoint does not give the size of axis '{min(missing)}'"
+            if not missing:
+                self._materialize(sizes)
+        if spec.memory is None:
+            return ""
+        saved = prefix + "_domains."
+        for key in state_dict:
+            if key.startswith(saved):
+                self._add_domain(key.removeprefix(saved).split(".")[0])
+        holders = [prefix, *(f"{saved}{name}." for name in self.domains)]
+        kept = [(part + name, state_dict.get(part + name)) for part in holders for name in remembered]
+        tensors = {key: tensor for key, tensor in kept if tensor is not None and not is_lazy(tensor)}
+        lengths = {t.shape[self._elastic_dim] for t in tensors.values()} if self._elastic_dim is not None else set()
+        if len(lengths) == 1:
+            self._resize(lengths.pop())
+        return next((refusal for key, tensor in tensors.items() if (refusal := _unusable(key, tensor))), "")
+
+
+class _UnsizedBuffer(UninitializedBuffer):
+    """torch's uninitialized buffer, with the deepcopy that torch gives its uninitialized parameter."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _UnsizedBuffer:
+        options: dict[str, Any] = {"device": self.data.device, "dtype": self.data.dtype}
+        copied = memo[id(self)] = type(self)(**options)
+        return copied
+
+
+def _unusable(key: str, tensor: Tensor) -> str:
+    """Why a remembered statistic cannot be used, or nothing."""
+    name = key.rsplit(".", maxsplit=1)[-1]
+    if name == "running_mean" or tensor.is_meta or not (tensor < 0).any():
+        return ""
+    place = (tensor < 0).nonzero()[0].tolist()
+    at = place[0] if len(place) == 1 else tuple(place)
+    return f"{name} is negative in channel {at}: {tensor[tuple(place)].item():g}"
