@@ -161,7 +161,7 @@ def _commit(
     if samples is not None:
         samples.zero_()
         count = entered.count * entered.columns
-        _corner(samples, count).copy_(torch.where(enters, count, torch.zeros_like(count)))
+        _corner(samples, count).copy_(count)
     if pool:
         entered, enters = _pool(pool, entered, enters, window, joins=joins, unbiased=unbiased)
     counter = None if batches is None else _corner(batches, enters)

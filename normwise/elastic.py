@@ -24,7 +24,7 @@ def stretched(
     """Remembered statistics for the first `length` places of an axis.
 
     Places that no batch has entered, and those past the end, have those of the last place before them that one has
-    ("last"), or of all such places joined ("pooled"), or are refused ("raise").
+    entered ("last"), or of all such places joined ("pooled"), or are refused ("raise").
 
     Args:
         statistics: Remembered, with the axis at dimension `dim`.

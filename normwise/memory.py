@@ -119,6 +119,11 @@ class Memory(Protocol):
         ...
 
 
+def falls_back(memory: Memory) -> bool:
+    """Whether the memory stands in for columns that a mask leaves too few samples."""
+    return memory.degenerate == "memory" or (memory.elastic is not None and memory.past_end != "raise")
+
+
 class _Declared:
     """What the memories share: options that are checked, and a repr that leaves out what is as by default."""
 
@@ -166,10 +171,12 @@ class Moving(_Declared):
             `skipped_batches` and warned of once), "raise" (NonFiniteError; nothing enters) or "keep" (it enters).
         degenerate: What becomes of a training batch with one sample a column: "raise" (TooFewSamplesError) or
             "memory" (the layer computes what it would in evaluation, and nothing enters). Where only a mask leaves too
-            few samples nothing is raised: the memory is used if declared here, otherwise the values are 0.
+            few samples nothing is raised: the memory is used if that is declared, otherwise the values are 0.
         beyond: For one remembered axis, such as time, whose length may differ from call to call: what stands in for
-            places that were never remembered: `{"t": "last"}`, `{"t": "pooled"}` (all places joined) or
-            `{"t": "raise"}`.
+            places that were never remembered: `{"t": "last"}` (the last one before that was), `{"t": "pooled"}` (all
+            that were, joined) or `{"t": "raise"}`. The first two also declare the memory for places that a mask
+            leaves too few samples. The memory grows with the longest batch in training; an axis size, `t=512`,
+            declares its length instead, and later places are then never remembered.
         ghost: In training, normalize sub-batches of at most this many examples each by itself, and let each enter.
         renorm: Correct training batches towards the memory: batch renormalization.
 
@@ -312,7 +319,7 @@ class Frozen(_Declared):
 
     def formula(self) -> str:
         """The formula."""
-        return "frozen: never updated, used in training too{self._notes()}"
+        return f"frozen: never updated, used in training too{self._notes()}"
 
 
 def _check_policies(nonfinite: str, degenerate: str, ghost: int | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from normwise.explain import Explanation, explain
 from normwise.kernels.closed_form import run
 from normwise.kernels.reference import Recalled, Steps, Use, placed, wide_dtype
 from normwise.masks import Lengths, masked_axes, valid_view
-from normwise.memory import Memory, limits
+from normwise.memory import Memory, falls_back, limits
 from normwise.moments import Moments, only
 from normwise.normalizers import Normalizer, Standardize
 from normwise.plan import Plan, averaged, gather, place, plan_for
@@ -177,7 +177,9 @@ class Norm(Stateful):
         spec, commits = self.spec, self._commits() and x.numel() > 0
         if commits:
             self._grow(plan)
-        recalled = None if use is None else self._recalled(use, x, plan, mask)
+        recalled = None
+        if use is not None:
+            recalled = self._recalled(use, plan, wide_dtype(x), lambda: self._fingerprint(x, plan, mask))
         parameters = placed(spec.recovery, self._parameters_of_recovery(), spec.parameter_over, plan, x)
         result = run(x, Steps(plan, spec.normalizer, spec.recovery, mask, recalled), parameters)
         if result.moments is not None and commits:
@@ -202,7 +204,7 @@ class Norm(Stateful):
             return "instead"
         if memory.renorm is not None:
             return "correct"
-        return "fallback" if memory.degenerate == "memory" and mask is not None else None
+        return "fallback" if mask is not None and falls_back(memory) else None
 
     @property
     def _least(self) -> int:
@@ -218,12 +220,12 @@ class Norm(Stateful):
         """Who this is, for warnings and errors."""
         return type(self).__name__ if torch.compiler.is_compiling() else Whereabouts(self)
 
-    def _recalled(self, use: Use, x: Tensor, plan: Plan, mask: Tensor | None) -> Recalled:
+    def _recalled(self, use: Use, plan: Plan, wide: torch.dtype, fingerprint: Callable[[], Tensor]) -> Recalled:
         """The memory as this call sees it, shaped to broadcast against the view."""
-        spec, store, wide = self.spec, self._store(), wide_dtype(x)
+        spec, store = self.spec, self._store()
         memory = cast("Memory", spec.memory)
         if self._measures():  # it moves while it is read: a recomputed forward must see what the first one saw
-            store = recall(store, self._fingerprint(x, plan, mask), self._owner())
+            store = recall(store, fingerprint(), self._owner())
         statistics: tuple[Tensor, ...] = store.statistics
         if spec.elastic is not None and self._elastic_dim is not None:
             batches = store.batches if memory.updates else None

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 
 from normwise.commit import Store
 from normwise.errors import NormwiseError, ShapeError
-from normwise.memory import Memory
+from normwise.memory import Memory, falls_back
 from normwise.normalizers import Normalizer
 from normwise.plan import Plan, over_shape
 from normwise.spec import NormSpec
@@ -37,7 +37,7 @@ def _buffers_of(normalizer: Normalizer, memory: Memory) -> list[_Buffer]:
     buffers.append(_Buffer("num_batches_tracked", counter, whole=True))
     if memory.elastic is not None:
         buffers.append(_Buffer("batch_samples", "memory", persistent=False))
-    if memory.updates and (memory.renorm is not None or memory.degenerate == "memory"):
+    if memory.updates and (memory.renorm is not None or falls_back(memory)):
         buffers.append(_Buffer("_seen_batch", "memory", persistent=False))
         buffers += [_Buffer(f"_seen_{name}", "memory", persistent=False) for name in normalizer.remembers]
         buffers.append(_Buffer("_seen_batches", counter, whole=True, persistent=False))

@@ -32,6 +32,7 @@ RANKS = {
     "state": 7,
     "explain": 8,
     "norm": 9,
+    "scan": 10,
     "layers": 10,
     "functional": 10,
     "textbook": 10,
