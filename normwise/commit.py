@@ -211,15 +211,18 @@ def recall(store: Store, batch: Tensor, owner: object) -> Store:
     Raises:
         RecomputeError: a checkpointed forward is computed again after another batch has been seen.
     """
-    run = _recall_operator if being_traced() else _recall
     remembered = [*store.statistics, *(() if store.batches is None else (store.batches,))]
-    first_seen = run(remembered, store.seen, batch, str(owner) if being_traced() else owner)
+    seen = store.seen[: 1 + len(remembered)]
+    run = _see_operator if being_traced() else _see
+    run(remembered, seen, batch, str(owner) if being_traced() else owner)
+    first_seen = [kept.clone() for kept in seen[1:]]
     statistics = tuple(first_seen[: len(store.statistics)])
-    return store._replace(statistics=statistics, batches=first_seen[-1] if store.batches is not None else None)
+    return store._replace(statistics=statistics, batches=None if store.batches is None else first_seen[-1])
 
 
 @torch.no_grad()
-def _recall(memory: Sequence[Tensor], seen: Sequence[Tensor], batch: Tensor, owner: object) -> list[Tensor]:
+def _see(memory: Sequence[Tensor], seen: Sequence[Tensor], batch: Tensor, owner: object) -> None:
+    """Take down the memory as a batch finds it; if the batch is computed again, leave what was taken down."""
     last, *snapshot = seen
     last = _corner(last, batch)
     if not recomputing():
@@ -231,24 +234,23 @@ def _recall(memory: Sequence[Tensor], seen: Sequence[Tensor], batch: Tensor, own
             f"{owner}: a checkpointed forward is computed again, but its memory has seen another batch since: this "
             "layer reads its memory in training, so run each backward before the next forward, or do not checkpoint it"
         )
-    return [kept.clone() for kept in snapshot]
 
 
-_recall_operator = torch.library.custom_op(
-    "normwise::recall",
-    _recall,
+_see_operator = torch.library.custom_op(
+    "normwise::see",
+    _see,
     mutates_args=("seen",),
-    schema="(Tensor[] memory, Tensor(a!)[] seen, Tensor batch, str owner) -> Tensor[]",
+    schema="(Tensor[] memory, Tensor(a!)[] seen, Tensor batch, str owner) -> ()",
 )
 
 
-@_recall_operator.register_fake
-def _recall_fakely(memory: Sequence[Tensor], *args: object) -> list[Tensor]:
-    return [torch.empty_like(kept) for kept in memory]
+@_see_operator.register_fake
+def _see_fakely(*args: object) -> None:
+    return None
 
 
-@_recall_operator.register_vmap
-def _recall_refuses(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+@_see_operator.register_vmap
+def _see_refuses(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[None, None]:
     raise RecomputeError(f"{args[-1]}: a layer that reads its memory in training cannot be mapped: use a loop")
 
 

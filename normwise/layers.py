@@ -20,7 +20,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from normwise.commit import Store
 from normwise.errors import ShapeError
 from normwise.kernels.reference import Use
-from normwise.memory import Average, Memory, Moving
+from normwise.memory import Average, Degenerate, Memory, Moving, NonFinite
 from normwise.norm import Norm
 from normwise.normalizers import RMS, Standardize
 from normwise.plan import Plan
@@ -69,26 +69,25 @@ class _Remembering(_Named):
     @momentum.setter
     def momentum(self, value: float | None) -> None:
         self._momentum = value
-        if self.spec.memory is not None:
-            self.spec = replace(self.spec, memory=_torch_memory(value))
+        memory = self.spec.memory
+        if memory is not None:
+            self.spec = replace(self.spec, memory=_torch_memory(value, memory.nonfinite, memory.degenerate))
 
     def _declare(
         self,
         pattern: str,
         num_features: int,
         eps: float,
-        momentum: float | None,
         affine: bool,
         track_running_stats: bool,
+        memory: Memory,
         device: Device,
         dtype: torch.dtype | None,
     ) -> None:
-        memory = _torch_memory(momentum) if track_running_stats else None
-        recovery = Affine("c") if affine else None
-        sizes = {"c": num_features}
-        Norm.__init__(self, pattern, Standardize(eps), recovery, memory, sizes=sizes, device=device, dtype=dtype)
+        parts = Standardize(eps), Affine("c") if affine else None, memory if track_running_stats else None
+        Norm.__init__(self, pattern, *parts, sizes={"c": num_features}, device=device, dtype=dtype)
         self.num_features, self.affine, self.track_running_stats = num_features, affine, track_running_stats
-        self._momentum = momentum
+        self._momentum = memory.update_rate
 
     def _commits(self) -> bool:
         return self.track_running_stats and super()._commits()
@@ -108,8 +107,9 @@ class BatchNorm(_Remembering, _BatchNorm):  # type: ignore[misc]  # eps is an at
         momentum: Weight of the new batch in the moving statistics; None: average of all batches.
         affine: Whether there are weight and bias, (c,) each.
         track_running_stats: Whether anything is remembered; if not, evaluation uses the batch's statistics.
-        device: Of parameters and buffers.
-        dtype: Of parameters; buffers are float32 at least.
+        device, dtype: Of parameters; buffers are float32 at least.
+        nonfinite: What becomes of a batch that is not finite: "skip", "raise" or "keep", as in `Moving`.
+        degenerate: What becomes of a batch with one value a channel: "raise", or "memory" (as in evaluation).
 
     Differences from torch: one class for every rank; statistics are exact for large means and magnitudes; a batch with
     non-finite statistics does not enter the moving ones; an empty batch gives an empty output.
@@ -133,8 +133,12 @@ class BatchNorm(_Remembering, _BatchNorm):  # type: ignore[misc]  # eps is an at
         track_running_stats: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        nonfinite: NonFinite = "skip",
+        degenerate: Degenerate = "raise",
     ) -> None:
-        self._declare("[n] c [...]", num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        memory = _torch_memory(momentum, nonfinite, degenerate)
+        self._declare("[n] c [...]", num_features, eps, affine, track_running_stats, memory, device, dtype)
 
 
 class InstanceNorm(_Remembering, _InstanceNorm):  # type: ignore[misc]  # eps is an attribute in torch, a property here
@@ -149,8 +153,9 @@ class InstanceNorm(_Remembering, _InstanceNorm):  # type: ignore[misc]  # eps is
         momentum: Weight of the new batch in the moving statistics.
         affine: Whether there are weight and bias, (c,) each. Off by default, as in torch.
         track_running_stats: Whether anything is remembered. Off by default, as in torch.
-        device: Of parameters and buffers.
-        dtype: Of parameters; buffers are float32 at least.
+        device, dtype: Of parameters; buffers are float32 at least.
+        nonfinite: What becomes of a batch that is not finite: "skip", "raise" or "keep", as in `Moving`.
+        degenerate: What becomes of a batch with one value a channel: "raise", or "memory" (as in evaluation).
 
     Differences from torch: one class for every rank, always with the batch axis (torch takes (c, h, w) for one example;
     here three dimensions are always (n, c, l)); the memory format is kept.
@@ -173,8 +178,12 @@ class InstanceNorm(_Remembering, _InstanceNorm):  # type: ignore[misc]  # eps is
         track_running_stats: bool = False,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        nonfinite: NonFinite = "skip",
+        degenerate: Degenerate = "raise",
     ) -> None:
-        self._declare("n c [...]", num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        memory = _torch_memory(momentum, nonfinite, degenerate)
+        self._declare("n c [...]", num_features, eps, affine, track_running_stats, memory, device, dtype)
 
     def _use_of_memory(self, plan: Plan, mask: Tensor | None) -> Use | None:
         return super()._use_of_memory(plan, mask) if self.track_running_stats else None
@@ -197,8 +206,7 @@ class LayerNorm(_Named, nn.LayerNorm):  # type: ignore[misc]  # eps is an attrib
         eps: Added to the variance.
         elementwise_affine: Whether there are parameters, of `normalized_shape`.
         bias: Whether the parameters include a bias.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        device, dtype: Of the parameters.
 
     Differences from torch: right to float32's last digits for large means (torch loses 1e-3 at mean 1e4).
 
@@ -234,8 +242,7 @@ class RMSNorm(_Named, nn.RMSNorm):
         normalized_shape: The last dimensions, an int or a sequence.
         eps: Added to the mean square; None: the machine epsilon of the input's dtype.
         elementwise_affine: Whether there is a weight, of `normalized_shape`.
-        device: Of the weight.
-        dtype: Of the weight.
+        device, dtype: Of the weight.
 
     Source: Zhang and Sennrich, arXiv:1910.07467.
 
@@ -267,8 +274,7 @@ class GroupNorm(_Named, nn.GroupNorm):  # type: ignore[misc]  # eps is an attrib
         num_channels: Channels, c = g k.
         eps: Added to the variance.
         affine: Whether there are weight and bias, (c,) each.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        device, dtype: Of the parameters.
 
     Raises:
         ShapeError: the channels cannot be split into so many groups.
@@ -307,15 +313,14 @@ class GroupNorm(_Named, nn.GroupNorm):  # type: ignore[misc]  # eps is an attrib
 class LayerNorm2d(_Named, nn.LayerNorm):  # type: ignore[misc]  # eps is an attribute in torch, a property here
     r"""Layer normalization of channels-first tensors: `n [c] ...`, over the channels at each position.
 
-    The same as moving the channels last, `LayerNorm`, and moving them back, as ConvNeXt does.
+    The same as `LayerNorm` with the channels moved last and back, as ConvNeXt does it.
 
     Args:
         num_channels: Channels, c.
         eps: Added to the variance.
         elementwise_affine: Whether there are parameters, (c,).
         bias: Whether the parameters include a bias.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        device, dtype: Of the parameters.
 
     Source: Ba, Kiros, Hinton, arXiv:1607.06450; over channels: Liu et al., arXiv:2201.03545.
 
@@ -348,8 +353,7 @@ class RMSNorm2d(_Named, nn.RMSNorm):
         num_channels: Channels, c.
         eps: Added to the mean square; None: the machine epsilon of the input's dtype.
         elementwise_affine: Whether there is a weight, (c,).
-        device: Of the weight.
-        dtype: Of the weight.
+        device, dtype: Of the weight.
 
     Source: Zhang and Sennrich, arXiv:1910.07467.
 
@@ -372,8 +376,10 @@ class RMSNorm2d(_Named, nn.RMSNorm):
         self.normalized_shape, self.elementwise_affine = (num_channels,), elementwise_affine
 
 
-def _torch_memory(momentum: float | None) -> Memory:
-    return Average("c") if momentum is None else Moving("c", update_rate=momentum)
+def _torch_memory(momentum: float | None, nonfinite: NonFinite, degenerate: Degenerate) -> Memory:
+    if momentum is None:
+        return Average("c", nonfinite=nonfinite, degenerate=degenerate)
+    return Moving("c", update_rate=momentum, nonfinite=nonfinite, degenerate=degenerate)
 
 
 def _affine(axes: str, elementwise_affine: bool, bias: bool) -> Recovery | None:

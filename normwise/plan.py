@@ -168,7 +168,7 @@ def _split(
     unknown = [axis for axis, size in zip(axes, sizes, strict=True) if size is None]
     given = math.prod([size for size in sizes if size is not None])
     if len(axes) == 1 and not unknown and given != total:
-        hint = _elsewhere(axes[0].name, given, shape)
+        hint = _elsewhere(pattern, axes[0], given, shape)
         message = f"axis '{axes[0].name}' has size {given}, but dimension {dim} has {total}"
         raise _misfit(pattern, axes[0], message + hint, shape)
     if len(unknown) > 1:
@@ -184,12 +184,23 @@ def _split(
     return [total // given if size is None else size for size in sizes]
 
 
-def _elsewhere(name: str, size: int, shape: tuple[int, ...]) -> str:
+def _elsewhere(pattern: Pattern, axis: Axis, size: int, shape: tuple[int, ...]) -> str:
     """A hint for a tensor whose dimensions come in another order than the pattern's."""
     dims = [dim for dim, found in enumerate(shape) if found == size]
     if len(dims) != 1:
         return ""
-    return f" (dimension {dims[0]} has {size}: if that is '{name}', the pattern must name the axes in that order)"
+    others = [_written(axes) for axes in pattern.dims if axis not in axes]
+    place = len(others) if dims[0] == len(shape) - 1 else dims[0]
+    hint = f" (axis {dims[0]} has {size}: if that is '{axis.name}'"
+    if place not in (0, len(others)) and pattern.open_ended:
+        return f"{hint}, the pattern must name the axes in that order)"
+    return f"{hint}, use the pattern '{' '.join([*others[:place], _written((axis,)), *others[place:]])}')"
+
+
+def _written(axes: Iterable[Axis]) -> str:
+    """A dimension as a pattern has it."""
+    names = [f"[{axis.name}]" if axis.reduced else axis.name for axis in axes]
+    return names[0] if len(names) == 1 else f"({' '.join(names)})"
 
 
 def _group(axes: Iterable[Axis]) -> str:

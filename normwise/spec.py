@@ -124,6 +124,9 @@ def checked_sizes(sizes: Iterable[tuple[str, SupportsIndex]]) -> Sizes:
     return tuple(sorted(checked.items()))
 
 
+_WITH_MEMORY = ", evaluation mode, or a memory with degenerate='memory'"
+
+
 def check_samples(pattern: Pattern, plan: Plan, *, remembers: bool) -> None:
     """Refuse to standardize columns of one sample, unless only features are normalized over and nothing is remembered.
 
@@ -133,7 +136,7 @@ def check_samples(pattern: Pattern, plan: Plan, *, remembers: bool) -> None:
     if plan.rows >= 2 or (pattern.over_features_only and not remembers):
         return
     over = ", ".join(axis.name for axis in pattern.axes if axis.reduced)
-    way_out = _way_out(pattern, plan) + (", or evaluation mode" if remembers else "")
+    way_out = _way_out(pattern, plan) + _WITH_MEMORY * remembers
     raise TooFewSamplesError(
         f"shape {plan.shape} leaves {plan.rows} sample a column of '{pattern.text}' (over {over}), "
         f"and one sample has no variance: {way_out}"

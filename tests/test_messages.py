@@ -224,7 +224,7 @@ INPUTS: dict[str, Message] = {
         ShapeError,
         (
             "axis 'c' has size 36, but dimension 1 has 2048 "
-            "(dimension 2 has 36: if that is 'c', the pattern must name the axes in that order): shape (2, 2048, 36)",
+            "(axis 2 has 36: if that is 'c', use the pattern '[n] [...] c'): shape (2, 2048, 36)",
             "  [n] c [...]",
             "      ^",
         ),
@@ -281,7 +281,7 @@ INPUTS: dict[str, Message] = {
         TooFewSamplesError,
         (
             "shape (1, 3) leaves 1 sample a column of '[n] c [...]' (over n, ...), "
-            "and one sample has no variance: use a larger batch, or evaluation mode",
+            "and one sample has no variance: use a larger batch, evaluation mode, or a memory with degenerate='memory'",
         ),
     ),
     "a batch of one that nobody remembers": (
@@ -305,7 +305,7 @@ INPUTS: dict[str, Message] = {
         TooFewSamplesError,
         (
             "shape (2, 3, 1, 1) leaves 1 sample a column of 'n c [...]' (over ...), "
-            "and one sample has no variance: use larger maps, or evaluation mode",
+            "and one sample has no variance: use larger maps, evaluation mode, or a memory with degenerate='memory'",
         ),
     ),
     "a group of one": (
@@ -342,7 +342,7 @@ FUNCTIONS: dict[str, Message] = {
         TooFewSamplesError,
         (
             "shape (1, 3) leaves 1 sample a column of '[n] c [...]' (over n, ...), "
-            "and one sample has no variance: use a larger batch, or evaluation mode",
+            "and one sample has no variance: use a larger batch, evaluation mode, or a memory with degenerate='memory'",
         ),
     ),
     "no dimensions": (
