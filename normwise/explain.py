@@ -64,7 +64,7 @@ class Explanation:
 def explain(spec: NormSpec, shape: Sequence[int] | Tensor) -> Explanation:
     """Explain a declaration on a shape, or on a tensor with its own dtype and strides."""
     tensor = shape if isinstance(shape, Tensor) else torch.empty(tuple(shape), device="meta", dtype=torch.float32)
-    plan = make_plan(spec.pattern, tuple(tensor.shape), spec.sizes)
+    plan = make_plan(spec.pattern, tuple(tensor.shape), spec.call_sizes)
     return Explanation(
         pattern=spec.text,
         shape=plan.shape,

@@ -153,7 +153,7 @@ def _with_memory(
     if moments is not None and running is not None:
         batch = entry(moments, _CHANNEL, plan, unbiased=True, least=2)
         memory = Moving("c", update_rate=momentum)
-        commit(memory, normalizer.remembers, Store(running), batch, least=2, owner="functional")
+        commit(memory, normalizer.remembers, Store(running), batch, least=2, owner="normwise.functional")
     return output
 
 
