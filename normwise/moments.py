@@ -113,9 +113,19 @@ def center(x: Tensor, dims: tuple[int, ...], valid: Tensor | None = None) -> Cen
         count = count.clamp_min(1)
     shifted = only(scaled - shift, valid)
     mean = column_sum(shifted, dims) / count
-    almost = only(shifted - mean, valid)
+    almost = only(minus(shifted, mean), valid)
     rest = column_sum(almost.detach(), dims) / count
-    return Centered(only(almost - rest, valid), scale, shift, mean, rest)
+    return Centered(only(minus(almost, rest), valid), scale, shift, mean, rest)
+
+
+def minus(x: Tensor, y: Tensor) -> Tensor:
+    """The difference, in the place of `x` where no derivative is recorded: fresh memory costs more than arithmetic."""
+    return x - y if torch.is_grad_enabled() else x.sub_(y)
+
+
+def times(x: Tensor, y: Tensor) -> Tensor:
+    """The product, in the place of `x` where no derivative is recorded."""
+    return x * y if torch.is_grad_enabled() else x.mul_(y)
 
 
 def only(x: Tensor, valid: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from normwise.moments import Moments, center, magnitude_scale, only, sample_count, square_sum
+from normwise.moments import Moments, center, magnitude_scale, minus, only, sample_count, square_sum, times
 
 
 class Line(NamedTuple):
@@ -25,8 +25,8 @@ class Line(NamedTuple):
         """The normalized values, 0 where `valid` is False."""
         values = view if self.scale is None else view * self.scale
         for offset in self.offsets:
-            values = values - offset
-        return only(values * self.inverse, valid)
+            values = view - offset if values is view else minus(values, offset)
+        return only(view * self.inverse if values is view else times(values, self.inverse), valid)
 
     @property
     def slope(self) -> Tensor:
@@ -98,7 +98,7 @@ class Standardize:
         inverse = _inverse_root(_divided(squares, count), self.eps, centered.scale)
         line = Line(centered.scale, (centered.shift, centered.mean, centered.rest), inverse)
         moments = Moments(count, centered.column_mean.detach(), _unscaled(squares.detach(), centered.scale))
-        return Normalized(centered.values * inverse, line, moments)
+        return Normalized(times(centered.values, inverse), line, moments)
 
     def recall(self, remembered: tuple[Tensor, ...], dtype: torch.dtype) -> Line:
         """(x - mean) / sqrt(var + eps) with a remembered mean and variance."""
