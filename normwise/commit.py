@@ -8,7 +8,6 @@ dispatch.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,7 +28,7 @@ class Store(NamedTuple):
 
     statistics: tuple[Tensor, ...]  # in the order of the normalizer's `remembers`
     batches: Tensor | None = None  # how many batches entered: one number, or one for each place of the elastic axis
-    skipped: Tensor | None = None  # how many did not, because they were not finite
+    skips: Tensor | None = None  # how many did not, because they were not finite; of how many there was a warning
     samples: Tensor | None = None  # how many samples the last batch had
     pool: tuple[Tensor, ...] = ()  # calls, columns, count, mean, m2 of what is accumulated
     seen: tuple[Tensor, ...] = ()  # what a layer that reads its memory in training read last, and of which batch
@@ -47,6 +46,11 @@ class Entry(NamedTuple):
     def moments(self) -> Moments:
         """Without the number of columns."""
         return Moments(self.count, self.mean, self.m2)
+
+
+def is_unbiased(memory: Memory, remembers: tuple[str, ...]) -> bool:
+    """Whether what enters is divided by the number of samples less one: a variance may be, a mean square never."""
+    return memory.unbiased and "var" in remembers
 
 
 def entry(moments: Moments, over: Over, plan: Plan, *, unbiased: bool, least: int) -> Entry:
@@ -107,13 +111,13 @@ def commit(
     run(
         store.statistics,
         store.batches,
-        store.skipped,
+        store.skips,
         store.samples,
         store.pool,
         list(batch),
         ",".join(remembers),
         memory.update_rate,
-        memory.unbiased,
+        is_unbiased(memory, remembers),
         memory.nonfinite,
         window,
         joins,
@@ -135,7 +139,7 @@ def flush(memory: Memory, remembers: tuple[str, ...], store: Store, *, least: in
 def _commit(
     statistics: Sequence[Tensor],
     batches: Tensor | None,
-    skipped: Tensor | None,
+    skips: Tensor | None,
     samples: Tensor | None,
     pool: Sequence[Tensor],
     batch: Sequence[Tensor],
@@ -151,35 +155,30 @@ def _commit(
     if recomputing():
         return
     entered = Entry(*batch)
-    enters = entered.count >= least
-    if nonfinite != "keep":
-        finite = ((entered.mean.isfinite() & entered.m2.isfinite()) | ~enters).all()
-        _report(entered, finite, nonfinite, skipped, owner)
-        enters = enters & finite
-        if skipped is not None:
-            skipped.add_(~finite)
+    enters = _admitted(entered, entered.count >= least, nonfinite, skips, owner)
     if samples is not None:
         samples.zero_()
         count = entered.count * entered.columns
         _corner(samples, count).copy_(count)
     if pool:
         entered, enters = _pool(pool, entered, enters, window, joins=joins, unbiased=unbiased)
+        enters = _admitted(entered, enters, nonfinite, skips, owner)
     counter = None if batches is None else _corner(batches, enters)
     for old, name in zip(statistics, remembers.split(","), strict=True):
         old = _corner(old, enters)
         new = STATISTICS[name](entered.moments, unbiased=unbiased).to(old.dtype)
         rate = update_rate if counter is None or update_rate is not None else (counter + 1).to(old.dtype).reciprocal()
-        old.lerp_(torch.where(enters, new, old), rate)  # type: ignore[arg-type]  # commit() saw that there is a rate
+        blended = old * (1 - rate) + new * rate  # type: ignore[operator]  # commit() saw that there is a rate
+        old.copy_(torch.where(enters, blended, old))
     if counter is not None:
         counter.add_(_any(enters, counter.shape))
 
 
-_ARGUMENTS = tuple(inspect.signature(_commit).parameters)
 _operator = torch.library.custom_op(
     "normwise::commit",
     _commit,
-    mutates_args=("statistics", "batches", "skipped", "samples", "pool"),
-    schema="(Tensor(a!)[] statistics, Tensor(b!)? batches, Tensor(c!)? skipped, Tensor(d!)? samples, "
+    mutates_args=("statistics", "batches", "skips", "samples", "pool"),
+    schema="(Tensor(a!)[] statistics, Tensor(b!)? batches, Tensor(c!)? skips, Tensor(d!)? samples, "
     "Tensor(e!)[] pool, Tensor[] batch, str remembers, float? update_rate, bool unbiased, str nonfinite, "
     "int window, bool joins, int least, str owner) -> ()",
 )
@@ -193,11 +192,17 @@ def _commit_fakely(*args: object) -> None:
 @_operator.register_vmap
 def _commit_one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[None, None]:
     """A mapped commit: the examples enter in order, as they would in a loop."""
-    at = _ARGUMENTS.index("batch")
     for example in range(info.batch_size):
-        batch = [x if dim is None else x.select(dim, example) for x, dim in zip(args[at], in_dims[at], strict=True)]
-        _operator(*args[:at], batch, *args[at + 1 :])
+        _operator(*(_example(arg, dim, example) for arg, dim in zip(args, in_dims, strict=True)))
     return None, None
+
+
+def _example(arg: Any, dim: Any, example: int) -> Any:
+    """One example of a mapped argument; a buffer that is mapped as well is an ensemble's, and its part is a view."""
+    if isinstance(arg, (list, tuple)):
+        dims = [None] * len(arg) if dim is None else dim
+        return [_example(x, d, example) for x, d in zip(arg, dims, strict=True)]
+    return arg if dim is None else arg.select(dim, example)
 
 
 def recall(store: Store, batch: Tensor, owner: object) -> Store:
@@ -212,10 +217,10 @@ def recall(store: Store, batch: Tensor, owner: object) -> Store:
         RecomputeError: a checkpointed forward is computed again after another batch has been seen.
     """
     remembered = [*store.statistics, *(() if store.batches is None else (store.batches,))]
-    seen = store.seen[: 1 + len(remembered)]
+    seen = (*store.seen[: 1 + len(remembered)], store.seen[-1])
     run = _see_operator if being_traced() else _see
     run(remembered, seen, batch, str(owner) if being_traced() else owner)
-    first_seen = [kept.clone() for kept in seen[1:]]
+    first_seen = [kept.clone() for kept in seen[1:-1]]
     statistics = tuple(first_seen[: len(store.statistics)])
     return store._replace(statistics=statistics, batches=None if store.batches is None else first_seen[-1])
 
@@ -223,13 +228,18 @@ def recall(store: Store, batch: Tensor, owner: object) -> Store:
 @torch.no_grad()
 def _see(memory: Sequence[Tensor], seen: Sequence[Tensor], batch: Tensor, owner: object) -> None:
     """Take down the memory as a batch finds it; if the batch is computed again, leave what was taken down."""
-    last, *snapshot = seen
+    last, *snapshot, waiting = seen
     last = _corner(last, batch)
+    same = ((last == batch) | (last.isnan() & batch.isnan())).all()
     if not recomputing():
+        moved = torch.stack([(kept != now).any() for kept, now in zip(snapshot, memory, strict=True)]).any()
+        waiting.copy_(torch.where(same & moved & (waiting > 0), 2, 1))  # 2: which of two it is would not be known
         last.copy_(batch)
         for kept, now in zip(snapshot, memory, strict=True):
             kept.copy_(now)
-    elif not ((last == batch) | (last.isnan() & batch.isnan())).all():
+    elif same and waiting < 2:
+        waiting.zero_()
+    else:
         raise RecomputeError(
             f"{owner}: a checkpointed forward is computed again, but its memory has seen another batch since: this "
             "layer reads its memory in training, so run each backward before the next forward, or do not checkpoint it"
@@ -278,11 +288,27 @@ def _joined(a: Entry, b: Entry, *, joins: bool, unbiased: bool) -> Entry:
     columns = a.columns + b.columns
     share = b.columns / columns.clamp_min(1)
     count, mean = torch.lerp(a.count, b.count, share), torch.lerp(a.mean, b.mean, share)
-    variance = torch.lerp(a.m2 / (a.count - int(unbiased)), b.m2 / (b.count - int(unbiased)), share)
+    variance = torch.lerp(_variance(a, unbiased=unbiased), _variance(b, unbiased=unbiased), share)
     return Entry(count, mean, variance * (count - int(unbiased)), columns)
 
 
-def _report(batch: Entry, finite: Tensor, nonfinite: str, skipped: Tensor | None, owner: object) -> None:
+def _variance(batch: Entry, *, unbiased: bool) -> Tensor:
+    """0 where there are no samples."""
+    return batch.m2 / (batch.count - int(unbiased)).clamp_min(1)
+
+
+def _admitted(batch: Entry, enters: Tensor, nonfinite: str, skips: Tensor | None, owner: object) -> Tensor:
+    """Where a batch enters: nowhere, and counted, if it is not finite."""
+    if nonfinite == "keep":
+        return enters
+    finite = ((batch.mean.isfinite() & batch.m2.isfinite()) | ~enters).all()
+    _report(batch, finite, nonfinite, skips, owner)
+    if skips is not None:
+        skips[0].add_(~finite)
+    return enters & finite
+
+
+def _report(batch: Entry, finite: Tensor, nonfinite: str, skips: Tensor | None, owner: object) -> None:
     """Raise, or warn the first time, where the host sees it for nothing; elsewhere the count waits for it.
 
     There is no warning of values so large that only their variance is not finite.
@@ -292,8 +318,10 @@ def _report(batch: Entry, finite: Tensor, nonfinite: str, skipped: Tensor | None
     message = f"{owner}: the batch's statistics are not finite"
     if nonfinite == "raise":
         raise NonFiniteError(f"{message}, and nothing of it has entered the memory")
-    first = skipped is None or not skipped.any()
+    first = skips is None or skips[1] == 0
     if first and not (batch.mean.isfinite().all() and not batch.m2.isnan().any()):
+        if skips is not None:
+            skips[1].add_(1)
         warnings.warn(f"{message}: it does not enter the memory; skipped_batches counts such batches", stacklevel=2)
 
 

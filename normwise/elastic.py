@@ -39,9 +39,11 @@ def stretched(
         ShapeError: nothing is remembered, or the policy is "raise" and a place was never entered.
     """
     known = statistics[0].shape[dim]
+    if length == 0:
+        return tuple(statistic.narrow(dim, 0, 0) for statistic in statistics)
     device = statistics[0].device
-    if known == 0 and length > 0:
-        raise ShapeError(f"nothing is remembered along axis '{axis}' yet: run a batch in training mode first")
+    if known == 0:
+        raise ShapeError(f"nothing is remembered along axis '{axis}' yet: train, or load a checkpoint")
     entered = torch.ones(known, dtype=torch.bool, device=device) if batches is None else batches.reshape(-1) > 0
     entered = entered | ~entered.any()
     if beyond == "raise":

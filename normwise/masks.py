@@ -32,7 +32,7 @@ def valid_view(
         plan: Of the input.
         valid: A bool mask over `valid_axes`.
         valid_axes: For example "n t"; None: the leading dimensions of the input.
-        lengths: For each named axis how many places count, over the leading dimensions of the input.
+        lengths: For each named axis how many places count, over the leading dimensions beside it.
         device: Of the input.
 
     Raises:
@@ -82,17 +82,27 @@ def _up_to(pattern: Pattern, plan: Plan, name: str, counts: Tensor) -> Tensor:
     if counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
         raise TypeError(f"lengths of axis '{name}' are {counts.dtype}, and lengths are whole numbers")
     size = plan.size(name)
-    here = _leading(plan, counts, f"lengths of axis '{name}'", "")
+    here = _beside(plan, counts, name)
     if not being_traced() and counts.device.type == "cpu" and counts.numel():
         least, most = (int(bound) for bound in counts.aminmax())
         if least < 0 or most > size:
             wrong = least if least < 0 else most
             raise ShapeError(f"a length of {wrong} along axis '{name}', which has {size}: shape {plan.shape}")
     dim = plan.names.index(name)
-    if here.shape[dim] != 1:
-        raise ShapeError(f"lengths of axis '{name}' must not have that axis themselves: shape {tuple(counts.shape)}")
     places = torch.arange(size, device=counts.device)
     return places.reshape([size if d == dim else 1 for d in range(len(plan.view))]) < here
+
+
+def _beside(plan: Plan, counts: Tensor, name: str) -> Tensor:
+    """Lengths of an axis, over the leading dimensions beside it, shaped to broadcast against the view."""
+    own = plan.names.index(name)
+    dims = [dim for dim in range(len(plan.view)) if dim != own][: counts.dim()]
+    sizes = tuple(plan.view[dim] for dim in dims)
+    if tuple(counts.shape) != sizes:
+        raise ShapeError(
+            f"lengths of axis '{name}': shape {tuple(counts.shape)}, but the input has {sizes} beside it: {plan.shape}"
+        )
+    return counts.reshape([size if dim in dims else 1 for dim, size in enumerate(plan.view)])
 
 
 def _leading(plan: Plan, tensor: Tensor, what: str, hint: str) -> Tensor:

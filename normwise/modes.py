@@ -135,7 +135,7 @@ def domain(model: nn.Module, name: str) -> Iterator[None]:
         raise ValueError(f"a domain's name is text without a dot, not {name!r}")
     layers = [(path, layer) for path, layer in _layers(model) if layer.spec.memory is not None]
     for path, layer in layers:
-        if name not in layer.domains and not layer.training:
+        if name not in layer.domains and (layer.frozen or not layer.training):
             known = ", ".join(layer.domains) or "none"
             raise NormwiseError(f"{path}: domain '{name}' was never trained; there are: {known}")
     before = [layer._domain for _, layer in layers]

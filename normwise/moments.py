@@ -12,8 +12,8 @@ from torch import Tensor
 from normwise.sums import column_sum
 from normwise.transforms import being_traced
 
-# Squares of larger magnitudes, or their sum, may leave the dtype's range; such columns are shrunk by a power of two.
-_LARGE = {torch.float32: 1e18, torch.float64: 1e150}
+# The sum of 10**10 squares of larger magnitudes may leave the dtype's range; such columns are shrunk by a power of two.
+_LARGE = {torch.float32: 1e14, torch.float64: 1e145}
 _SHRINK = {torch.float32: 2.0**-80, torch.float64: 2.0**-600}
 
 
@@ -46,7 +46,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     count = a.count + b.count
     share = b.count / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))
     distance = b.mean - a.mean
-    return Moments(count, a.mean + distance * share, a.m2 + b.m2 + distance.square() * (a.count * share))
+    return Moments(count, a.mean + distance * share, a.m2 + b.m2 + distance * (a.count * share) * distance)
 
 
 def _mean(moments: Moments, *, unbiased: bool) -> Tensor:
@@ -147,7 +147,7 @@ def square_sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def magnitude_scale(x: Tensor, dims: tuple[int, ...]) -> Tensor | None:
-    """The power of two, for each column, that keeps sums of squares finite: 1 unless magnitudes pass 1e18 (float32).
+    """The power of two, for each column, that keeps sums of squares finite: 1 unless magnitudes pass 1e14 (float32).
 
     None, where the host can see it for nothing: every column's is 1.
     """
@@ -167,4 +167,4 @@ def _anchor(x: Tensor, dims: tuple[int, ...], valid: Tensor | None) -> Tensor:
         return torch.where(largest == -torch.inf, torch.zeros_like(largest), largest)
     for dim in dims:
         x = x.narrow(dim, 0, 1)
-    return x
+    return x.clone()  # a view would keep the whole of x alive until the backward

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from normwise.commit import Entry, commit, entry, flush, recall
+from normwise.commit import Entry, commit, entry, flush, is_unbiased, recall
 from normwise.elastic import stretched
-from normwise.errors import NormwiseError, PatternError, ShapeError
+from normwise.errors import NonFiniteError, NormwiseError, PatternError, RecomputeError, ShapeError
 from normwise.explain import Explanation, explain
 from normwise.kernels.closed_form import run
 from normwise.kernels.reference import Recalled, Steps, Use, placed, wide_dtype
@@ -127,7 +130,7 @@ class Norm(Stateful):
             output = self._normalize(input, valid, valid_axes, lengths)
         except NormwiseError as error:
             path = "" if torch.compiler.is_compiling() else path_of(self)
-            if path and not str(error).startswith(path):
+            if path and not isinstance(error, (NonFiniteError, RecomputeError)):  # those say it themselves
                 error.args = (f"{path}: {error}",)
             raise
         return output if residual is None else (output, input)
@@ -166,15 +169,33 @@ class Norm(Stateful):
         parts = x.tensor_split(pieces)
         masks = [mask] * pieces if mask is None or mask.shape[0] == 1 else mask.tensor_split(pieces)
         plans = [plan_for(spec.pattern, part.shape, spec.call_sizes) for part in parts]
-        return torch.cat([self._normalize_one(*piece) for piece in zip(parts, plans, masks, strict=True)])
+        for part, part_mask in zip(plans, masks, strict=True):  # before any of them enters
+            self._checked_use(part, part_mask)
+        with self._all_or_nothing():
+            return torch.cat([self._normalize_one(*piece) for piece in zip(parts, plans, masks, strict=True)])
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Undo what sub-batches have entered if a later one is refused."""
+        memory = self.spec.memory
+        if memory is None or memory.nonfinite != "raise" or torch.compiler.is_compiling():
+            yield
+            return
+        buffers = [buffer for buffer in self._holder()._buffers.values() if buffer is not None and not is_lazy(buffer)]
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            yield
+        except NonFiniteError:
+            for buffer, kept in zip(buffers, before, strict=True):
+                buffer.copy_(kept)
+            raise
 
     def _normalize_one(self, x: Tensor, plan: Plan, mask: Tensor | None) -> Tensor:
-        use = self._use_of_memory(plan, mask)
-        if use != "instead" and x.numel() > 0 and self.spec.normalizer.needs_two:
-            check_samples(self.spec.pattern, plan, remembers=self.spec.memory is not None)
+        use = self._checked_use(plan, mask)
         if self.spec.unknown:  # only now, so that an input that is refused leaves no sizes behind
             self._materialize_for(plan)
         spec, commits = self.spec, self._commits() and x.numel() > 0
+        length = self._length()
         if commits:
             self._grow(plan)
         recalled = None
@@ -183,8 +204,15 @@ class Norm(Stateful):
         parameters = placed(spec.recovery, self._parameters_of_recovery(), spec.parameter_over, plan, x)
         result = run(x, Steps(plan, spec.normalizer, spec.recovery, mask, recalled), parameters)
         if result.moments is not None and commits:
-            self._commit(plan, result.moments)
+            self._enter(plan, result.moments, length)
         return result.output
+
+    def _checked_use(self, plan: Plan, mask: Tensor | None) -> Use | None:
+        """What remembered statistics are for, once there are samples enough."""
+        use = self._use_of_memory(plan, mask)
+        if use != "instead" and math.prod(plan.shape) > 0 and self.spec.normalizer.needs_two:
+            check_samples(self.spec.pattern, plan, remembers=self.spec.memory is not None)
+        return use
 
     def _measures(self) -> bool:
         """Whether batches are normalized by their own statistics although there is a memory: in training."""
@@ -202,9 +230,11 @@ class Norm(Stateful):
             return None
         if not self._measures() or (memory.degenerate == "memory" and plan.rows < self._least):
             return "instead"
-        if memory.renorm is not None:
-            return "correct"
-        return "fallback" if mask is not None and falls_back(memory) else None
+        if self.spec.elastic is not None and self._length() == 0 and not self._commits():
+            return None  # nothing is remembered yet, and nothing will be
+        if mask is not None and falls_back(memory):
+            return "fallback"
+        return None if memory.renorm is None else "correct"
 
     @property
     def _least(self) -> int:
@@ -230,10 +260,11 @@ class Norm(Stateful):
         if spec.elastic is not None and self._elastic_dim is not None:
             batches = store.batches if memory.updates else None
             length, names = plan.size(spec.elastic), spec.normalizer.remembers
-            statistics = stretched(statistics, names, batches, self._elastic_dim, spec.elastic, length, memory.past_end)
+            beyond = "last" if memory.past_end == "raise" and use != "instead" else memory.past_end
+            statistics = stretched(statistics, names, batches, self._elastic_dim, spec.elastic, length, beyond)
         shaped = tuple(place(statistic.to(wide), spec.memory_over, plan) for statistic in statistics)
         opened = None
-        if use == "correct" and memory.renorm is not None and store.batches is not None:
+        if use != "instead" and memory.renorm is not None and store.batches is not None:
             opened = limits(memory.renorm, store.batches, wide)
         return Recalled(shaped, use, self._least, opened)
 
@@ -249,10 +280,30 @@ class Norm(Stateful):
         dim = self._elastic_dim
         return statistic if dim is None else statistic.narrow(dim, 0, min(statistic.shape[dim], self._length()))
 
+    def _enter(self, plan: Plan, moments: Moments, length: int) -> None:
+        """Let a batch enter the memory, which for its sake may have grown from `length` places of the elastic axis."""
+        if self._length() == length:
+            self._commit(plan, moments)
+            return
+        counts = self._counts()
+        before = [count.clone() for count in counts]
+        try:
+            self._commit(plan, moments)
+        finally:
+            if all(map(torch.equal, counts, before)):  # it did not enter
+                self._resize(length)
+
+    def _counts(self) -> list[Tensor]:
+        """What changes when a batch enters the memory, or what is accumulated for it."""
+        buffers = self._holder()._buffers
+        counts = (buffers["num_batches_tracked"], buffers.get("_pool_count"))
+        return [count for count in counts if count is not None]
+
     def _commit(self, plan: Plan, moments: Moments) -> None:
         spec = self.spec
         memory = cast("Memory", spec.memory)
-        batch = entry(moments, spec.memory_over, plan, unbiased=memory.unbiased, least=self._least)
+        unbiased = is_unbiased(memory, spec.normalizer.remembers)
+        batch = entry(moments, spec.memory_over, plan, unbiased=unbiased, least=self._least)
         commit(
             memory,
             spec.normalizer.remembers,

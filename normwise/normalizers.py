@@ -141,7 +141,8 @@ class RMS:
         squares = square_sum(scaled, dims)
         count = sample_count(view.shape, dims, valid)
         inverse = _inverse_root(_divided(squares, count), self._eps(dtype), scale)
-        moments = Moments(count, torch.zeros_like(squares), _unscaled(squares.detach(), scale))
+        about = squares.detach() * 0  # 0, or nan where the column itself is not finite
+        moments = Moments(count, about, _unscaled(squares.detach(), scale))
         return Normalized(scaled * inverse, Line(scale, (), inverse), moments)
 
     def recall(self, remembered: tuple[Tensor, ...], dtype: torch.dtype) -> Line:
@@ -172,6 +173,14 @@ def _unscaled(squares: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _inverse_root(mean_square: Tensor, eps: float, scale: Tensor | None) -> Tensor:
-    """1 / sqrt(mean_square + eps scale^2): eps keeps its meaning for a scaled column, and 0 stays out of the root."""
-    eps_in_scale = eps if scale is None else eps * scale * scale
-    return (mean_square + eps_in_scale).clamp_min(torch.finfo(mean_square.dtype).tiny).rsqrt()
+    """1 / sqrt(mean_square + eps scale^2): eps keeps its meaning for a scaled column, and 0 stays out of the root.
+
+    Where a column is shrunk, eps scale^2 may be too small for the dtype; it matters only if the mean square is 0, and
+    the root of it is not too small.
+    """
+    tiny = torch.finfo(mean_square.dtype).tiny
+    if scale is None:
+        return (mean_square + eps).clamp_min(tiny).rsqrt()
+    inverse = (mean_square + eps * scale * scale).clamp_min(tiny).rsqrt()
+    constant = (scale < 1) & (mean_square == 0)
+    return torch.where(constant, (max(eps, tiny) ** 0.5 * scale).reciprocal(), inverse)

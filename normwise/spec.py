@@ -67,6 +67,9 @@ class NormSpec:
         elastic = self.elastic
         if elastic is not None:
             check_known(self.pattern, [elastic], f"{kind}'s beyond")
+            if any(len(axes) > 1 for axes in self.pattern.dims if elastic in [axis.name for axis in axes]):
+                message = f"the length of axis '{elastic}' may differ, so it is a dimension of its own"
+                raise self.pattern.error(message, elastic)
             if (elastic,) not in self.memory_over:
                 raise self.pattern.error(
                     f"{kind} says what is beyond axis '{elastic}', but does not remember it", elastic
@@ -101,7 +104,7 @@ class NormSpec:
         Raises:
             ShapeError: a flat axis such as "(g k)" of which no part is known, or shapes that do not fit.
         """
-        known = dict(self.sizes)
+        known = dict(self.call_sizes)  # the elastic axis is as long as the checkpoint has it
         for over, shape in shapes:
             if len(over) != len(shape):
                 raise ShapeError(f"expected a shape over {_written(over)}, got {tuple(shape)}")

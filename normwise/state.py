@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,73 +12,13 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 
 from normwise.commit import Store
 from normwise.errors import NormwiseError, ShapeError
-from normwise.memory import Memory, falls_back
-from normwise.normalizers import Normalizer
-from normwise.plan import Plan, over_shape
+from normwise.holder import POOL, START, Slot, Holder, UnsizedBuffer, buffers_of
+from normwise.memory import Memory
+from normwise.plan import Over, Plan, over_shape
 from normwise.spec import NormSpec
 
-_START = {"running_mean": 0.0, "running_var": 1.0, "running_mean_square": 1.0}
-_POOL = ("_pool_calls", "_pool_count", "_pool_mean", "_pool_m2", "_pool_columns")  # Entry's, after the calls
 
-
-class _Buffer(NamedTuple):
-    """What a buffer of a memory is."""
-
-    name: str
-    shape: str  # "memory": over the memory's axes; "counter": along the elastic axis only; "single": one number
-    whole: bool = False  # whether it holds whole numbers
-    persistent: bool = True
-
-
-def _buffers_of(normalizer: Normalizer, memory: Memory) -> list[_Buffer]:
-    """The buffers of a memory, in torch's order."""
-    counter = "single" if memory.elastic is None else "counter"
-    buffers = [_Buffer(f"running_{name}", "memory") for name in normalizer.remembers]
-    buffers.append(_Buffer("num_batches_tracked", counter, whole=True))
-    if memory.elastic is not None:
-        buffers.append(_Buffer("batch_samples", "memory", persistent=False))
-    if memory.updates and (memory.renorm is not None or falls_back(memory)):
-        buffers.append(_Buffer("_seen_batch", "memory", persistent=False))
-        buffers += [_Buffer(f"_seen_{name}", "memory", persistent=False) for name in normalizer.remembers]
-        buffers.append(_Buffer("_seen_batches", counter, whole=True, persistent=False))
-    return buffers
-
-
-class _Holder(nn.Module):
-    """A module whose buffers stay float32 at least, and which is copied without what is being accumulated."""
-
-    skipped_batches: Tensor | None = None  # how many were not finite; not a buffer, because torch's layers have none
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move and convert as any module, but keep memory in float32 at least: 1e-8 does not fit in float16."""
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
-        for name, buffer in before.items():
-            after = self._buffers[name]
-            if after is not None and after.is_floating_point() and after.dtype.itemsize < buffer.dtype.itemsize:
-                wide = torch.promote_types(after.dtype, torch.float32)
-                self._buffers[name] = buffer.to(device=after.device, dtype=wide)
-        if self.skipped_batches is not None:
-            self.skipped_batches = fn(self.skipped_batches)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        state["_buffers"] = {name: buffer for name, buffer in self._buffers.items() if name not in _POOL}
-        return state
-
-    def _widen(self) -> None:
-        """Undo what `load_state_dict(assign=True)` does with a checkpoint in half precision."""
-        for name, buffer in self._buffers.items():
-            if buffer is not None and buffer.is_floating_point() and buffer.dtype.itemsize < 4:
-                self._buffers[name] = buffer.float()
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._widen()
-
-
-class Stateful(_Holder):
+class Stateful(Holder):
     """The state of a declared normalization; `Norm` adds what is done with it."""
 
     spec: NormSpec
@@ -115,9 +55,9 @@ class Stateful(_Holder):
         for holder in self._holders():
             for name, buffer in holder._buffers.items():
                 if buffer is not None and not is_lazy(buffer):
-                    buffer.fill_(_START.get(name, 0.0))
-            if holder.skipped_batches is not None:
-                holder.skipped_batches.zero_()
+                    buffer.fill_(START.get(name, 0.0))
+            if holder._skips is not None:
+                holder._skips.zero_()
 
     def train(self, mode: bool = True) -> Any:
         """As any module; on leaving training, say which batches were skipped where the host could not see it."""
@@ -144,17 +84,17 @@ class Stateful(_Holder):
     def _parameters_of_recovery(self) -> list[Tensor | None]:
         return [getattr(self, name) for name in self._starts()]
 
-    def _holder(self) -> _Holder:
+    def _holder(self) -> Holder:
         """The module with the memory in use: the layer itself, or that of a domain."""
         return self if self._domain is None else self._held_by(self._domain)
 
-    def _holders(self) -> Iterator[_Holder]:
+    def _holders(self) -> Iterator[Holder]:
         yield self
         for name in self.domains:
             yield self._held_by(name)
 
-    def _held_by(self, domain: str) -> _Holder:
-        return cast("_Holder", cast("nn.Module", self._modules["_domains"])._modules[domain])
+    def _held_by(self, domain: str) -> Holder:
+        return cast("Holder", cast("nn.Module", self._modules["_domains"])._modules[domain])
 
     def _store(self) -> Store:
         """The buffers in use."""
@@ -162,14 +102,14 @@ class Stateful(_Holder):
         buffers = holder._buffers
         seen: tuple[Any, ...] = ()
         if "_seen_batch" in buffers:
-            names = ("_seen_batch", *(f"_seen_{name}" for name in remembers), "_seen_batches")
+            names = ("_seen_batch", *(f"_seen_{name}" for name in remembers), "_seen_batches", "_seen_waiting")
             seen = tuple(self._along_memory(buffers[name]) for name in names)
         return Store(
             tuple(buffers[f"running_{name}"] for name in remembers),  # type: ignore[misc]  # the caller saw them there
             self._along_memory(buffers["num_batches_tracked"]),
-            holder.skipped_batches,
+            holder._skips,
             buffers.get("batch_samples"),
-            tuple(buffers[name] for name in _POOL) if self._window else (),  # type: ignore[misc]
+            tuple(buffers[name] for name in POOL) if self._window else (),  # type: ignore[misc]
             seen,
         )
 
@@ -197,7 +137,7 @@ class Stateful(_Holder):
         self.frozen, self._froze, takes_gradient = state
         for name, parameter in self._parameters.items():
             if parameter is not None:
-                parameter.requires_grad_(takes_gradient.get(name, True))
+                parameter.requires_grad = takes_gradient.get(name, True)  # by name: one without a size has no method
 
     def _set_frozen(self, frozen: bool, *, parameters: bool) -> None:
         """Freeze the memory, and the parameters that take gradients; or give back what was frozen."""
@@ -207,7 +147,7 @@ class Stateful(_Holder):
         for name in self._froze:
             parameter = self._parameters[name]
             if parameter is not None:
-                parameter.requires_grad_(not frozen)
+                parameter.requires_grad = not frozen
                 parameter.grad = None
         self.frozen = frozen
         self._froze = self._froze if frozen else ()
@@ -220,47 +160,52 @@ class Stateful(_Holder):
             self.add_module("_domains", held)
         if self.spec.memory is not None and name not in held._modules:
             like = self._buffers["num_batches_tracked"]
-            holder = _Holder()
+            holder = Holder()
             kept = self._buffers[f"running_{self.spec.normalizer.remembers[0]}"]
             if like is None or kept is None:
                 raise ValueError(f"domain '{name}' of a layer whose buffers are None")
             self._remember(holder, self.spec.memory, like.device, kept.dtype)
             holder.train(self.training)
-            held.add_module(name, holder)
+            held._modules[name] = holder  # add_module refuses "train" and the like
+            if self._window:
+                self._pool_in(holder)
 
     def _add_pool(self, window: int) -> None:
-        pool = [_Buffer(_POOL[0], "single", persistent=False)]
-        pool += [_Buffer(name, "memory", persistent=False) for name in _POOL[1:]]
         for holder in self._holders():
-            kept = holder._buffers[f"running_{self.spec.normalizer.remembers[0]}"]
-            if kept is not None:
-                self._fill(holder, pool, kept.device, kept.dtype)
+            self._pool_in(holder)
         self._window = window
+
+    def _pool_in(self, holder: Holder) -> None:
+        pool = [Slot(POOL[0], "single", persistent=False)]
+        pool += [Slot(name, "memory", persistent=False) for name in POOL[1:]]
+        kept = holder._buffers[f"running_{self.spec.normalizer.remembers[0]}"]
+        if kept is not None:
+            self._fill(holder, pool, kept.device, kept.dtype)
 
     def _drop_pool(self) -> None:
         for holder in self._holders():
-            for name in _POOL:
+            for name in POOL:
                 holder._buffers.pop(name, None)
                 holder._non_persistent_buffers_set.discard(name)
         self._window = 0
 
-    def _remember(self, holder: _Holder, memory: Memory, device: Any, dtype: torch.dtype | None) -> None:
+    def _remember(self, holder: Holder, memory: Memory, device: Any, dtype: torch.dtype | None) -> None:
         """Give a module an empty memory."""
-        self._fill(holder, _buffers_of(self.spec.normalizer, memory), device, dtype)
+        self._fill(holder, buffers_of(self.spec.normalizer, memory), device, dtype)
         if memory.updates:
-            holder.skipped_batches = torch.zeros((), dtype=torch.long, device=device)
+            holder._skips = torch.zeros(2, dtype=torch.long, device=device)
 
-    def _fill(self, holder: _Holder, buffers: list[_Buffer], device: Any, dtype: torch.dtype | None) -> None:
+    def _fill(self, holder: Holder, buffers: list[Slot], device: Any, dtype: torch.dtype | None) -> None:
         """Register buffers at their start."""
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         for buffer in buffers:
             options = {"device": device, "dtype": torch.long if buffer.whole else wide}
             if self.spec.unknown and buffer.shape == "memory":
-                tensor: Tensor = _UnsizedBuffer(**options)
+                tensor: Tensor = UnsizedBuffer(**options)
             else:
                 shape = self._memory_shape() if buffer.shape == "memory" else ()
                 shape = (self._length(),) if buffer.shape == "counter" else shape
-                tensor = torch.full(shape, _START.get(buffer.name, 0.0), **options)
+                tensor = torch.full(shape, START.get(buffer.name, 0.0), **options)
             holder.register_buffer(buffer.name, tensor, persistent=buffer.persistent)
 
     def _new_parameter(self, options: dict[str, Any]) -> Any:
@@ -309,7 +254,7 @@ class Stateful(_Holder):
                 if buffer.shape[at] == length:
                     continue
                 shape = [length if d == at else size for d, size in enumerate(buffer.shape)]
-                resized = buffer.new_full(shape, _START.get(name, 0.0))
+                resized = buffer.new_full(shape, START.get(name, 0.0))
                 both = min(length, buffer.shape[at])
                 resized.narrow(at, 0, both).copy_(buffer.narrow(at, 0, both))
                 holder._buffers[name] = resized
@@ -330,15 +275,19 @@ class Stateful(_Holder):
             refusal = self._make_room(state_dict, prefix)
         except NormwiseError as error:
             refusal = str(error)
+        for holder in self._holders():  # the loader goes on to the domains
+            holder._refuses = bool(refusal)
         if refusal:
             errors.append(f"{name}: {refusal}")
-            return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _make_room(self, state_dict: Mapping[str, Any], prefix: str) -> str:
         """Sizes, domains and lengths as in the checkpoint; what speaks against loading it, or nothing."""
         spec = self.spec
         remembered = {f"running_{name}": spec.memory_over for name in spec.normalizer.remembers}
+        refusal = _refusal(state_dict, prefix, remembered)
+        if refusal:
+            return refusal
         if spec.unknown:
             overs = {**dict.fromkeys(self._starts(), spec.parameter_over), **remembered}
             found = [(overs[name], state_dict.get(prefix + name)) for name in overs]
@@ -360,24 +309,27 @@ class Stateful(_Holder):
         tensors = {key: tensor for key, tensor in kept if tensor is not None and not is_lazy(tensor)}
         lengths = {t.shape[self._elastic_dim] for t in tensors.values()} if self._elastic_dim is not None else set()
         if len(lengths) == 1:
-            self._resize(lengths.pop())
-        return next((refusal for key, tensor in tensors.items() if (refusal := _unusable(key, tensor))), "")
+            self._resize(length := lengths.pop())
+            if spec.elastic in dict(spec.sizes):
+                self.spec = self.spec.with_sizes({spec.elastic: length})
+        return ""
 
 
-class _UnsizedBuffer(UninitializedBuffer):
-    """torch's uninitialized buffer, with the deepcopy that torch gives its uninitialized parameter."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _UnsizedBuffer:
-        options: dict[str, Any] = {"device": self.data.device, "dtype": self.data.dtype}
-        copied = memo[id(self)] = type(self)(**options)
-        return copied
+def _refusal(state_dict: Mapping[str, Any], prefix: str, remembered: Mapping[str, Over]) -> str:
+    """Why a checkpoint's statistics cannot be used, those of its domains included, or nothing."""
+    for key, tensor in state_dict.items():
+        name = key.removeprefix(prefix)
+        if key.startswith(prefix) and (name in remembered or name.startswith("_domains.")):
+            unusable = _unusable(name, tensor)
+            if unusable:
+                return unusable
+    return ""
 
 
 def _unusable(key: str, tensor: Tensor) -> str:
     """Why a remembered statistic cannot be used, or nothing."""
-    name = key.rsplit(".", maxsplit=1)[-1]
-    if name == "running_mean" or tensor.is_meta or not (tensor < 0).any():
+    if key.endswith("running_mean") or tensor.is_meta or is_lazy(tensor) or not (tensor < 0).any():
         return ""
     place = (tensor < 0).nonzero()[0].tolist()
     at = place[0] if len(place) == 1 else tuple(place)
-    return f"{name} is negative in channel {at}: {tensor[tuple(place)].item():g}"
+    return f"{key} is negative in channel {at}: {tensor[tuple(place)].item():g}"

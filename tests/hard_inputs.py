@@ -48,3 +48,11 @@ MAGNITUDES: dict[str, Callable[[], Tensor]] = {
 }
 CONSTANTS = (0.0, 1e3 / 3, 1e7 / 3, 1e10 / 3, 2.2e37, 3e37, 3.4e38, -1e20, 1e-40)
 WIDTHS = (2, 3, 1023, 16385, 32769, 65537, 200003)
+LONG = (65535, 65536, 131071, 140000)
+
+
+def outlier(rows: int) -> Tensor:
+    """One value of 1e6, the first, among values of size 1."""
+    x = torch.randn(rows, 4)
+    x[0] = 1e6
+    return x

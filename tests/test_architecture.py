@@ -29,6 +29,7 @@ RANKS = {
     "kernels": 4,
     "kernels.reference": 5,
     "kernels.closed_form": 6,
+    "holder": 6,
     "state": 7,
     "explain": 8,
     "norm": 9,

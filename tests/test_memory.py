@@ -1,19 +1,18 @@
 from __future__ import annotations
 
-import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import normwise as nw
-from normwise import RMS, Average, BatchNorm, Frozen, InstanceNorm, Moving, Norm
+from normwise import RMS, Average, BatchNorm, Frozen, Moving, Norm, NormwiseError
 from normwise.commit import Entry, Store, commit
-from tests.tolerances import DOUBLE, MEMORY, VALUES, check
+from tests.tolerances import DOUBLE, MEMORY, POOLED, VALUES, check
 
 THREE_ROWS = torch.tensor([[2.0, 15, 2, 1], [2, 17, 2, 1], [-4, -2, -2, -1]])
 
@@ -116,6 +115,13 @@ def test_rms_remembers_mean_squares() -> None:
     check(norm.eval()(x), x / (norm.running_mean_square + 1e-5).sqrt(), VALUES)
 
 
+def test_rms_of_one_value_is_remembered_where_kept_axes_are_averaged() -> None:
+    norm = Norm("n c [h]", RMS(), memory=Moving("c", update_rate=1.0))
+    x = torch.randn(6, 3, 1)
+    norm(x)
+    check(norm.running_mean_square, x.square().mean((0, 2)), VALUES)
+
+
 def test_kept_axes_that_are_not_named_are_averaged() -> None:
     norm = Norm("n t c [h]", memory=Moving("c t", update_rate=1.0))
     x = torch.randn(2, 3, 4, 5)
@@ -127,36 +133,15 @@ def test_kept_axes_that_are_not_named_are_averaged() -> None:
     check(y, expected, VALUES)
 
 
-BAD = [torch.nan, torch.inf, -torch.inf, 3e38]
-
-
-@pytest.mark.parametrize(
-    "make",
-    [lambda: BatchNorm(4), lambda: BatchNorm(4, momentum=None), lambda: InstanceNorm(4, track_running_stats=True)],
-)
-@pytest.mark.parametrize("value", BAD)
-@pytest.mark.filterwarnings("ignore:.*statistics are not finite:UserWarning")
-def test_a_non_finite_batch_leaves_memory_bit_for_bit(make: type, value: float) -> None:
-    layer, spared = make(), make()
-    for step in range(6):
-        x = torch.randn(8, 4, 5)
-        layer(x), spared(x)
-        if step in (0, 3):
-            bad = x.clone()
-            bad[2, 1, 3], bad[2, 1, 2] = value, -abs(value)
-            layer(bad)
-        assert bits(layer) == bits(spared)
-
-
 def test_commit_takes_all_statistics_or_none() -> None:
     memory, kept = Moving("c", decay=0.5, unbiased=False), (torch.zeros(2), torch.ones(2))
-    batches, skipped, two = torch.tensor(0), torch.tensor(0), torch.full((2,), 2.0)
-    store = Store(kept, batches, skipped)
+    batches, skips, two = torch.tensor(0), torch.zeros(2, dtype=torch.long), torch.full((2,), 2.0)
+    store = Store(kept, batches, skips)
     for m2 in (torch.tensor([2.0, torch.inf]), torch.tensor([2.0, 6.0])):
         commit(memory, ("mean", "var"), store, Entry(two, torch.ones(2), m2, torch.ones(2)), least=2, owner="nobody")
         if m2.isinf().any():
-            assert (kept[0].tolist(), kept[1].tolist(), batches.item(), skipped.item()) == ([0, 0], [1, 1], 0, 1)
-    assert (kept[0].tolist(), kept[1].tolist(), batches.item(), skipped.item()) == ([0.5, 0.5], [1, 2], 1, 1)
+            assert (kept[0].tolist(), kept[1].tolist(), batches.item(), skips[0].item()) == ([0, 0], [1, 1], 0, 1)
+    assert (kept[0].tolist(), kept[1].tolist(), batches.item(), skips[0].item()) == ([0.5, 0.5], [1, 2], 1, 1)
 
 
 def test_a_finite_batch_repairs_nothing_silently_but_moves_everything() -> None:
@@ -219,37 +204,6 @@ def test_functional_call_updates_the_memory_it_was_given() -> None:
     assert given["num_batches_tracked"].item() == 1
 
 
-def _block() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(3, 4), nw.BatchNorm(4), nn.ReLU(), nn.Linear(4, 2))
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_a_checkpointed_forward_commits_once(reentrant: bool) -> None:
-    plain = _block()
-    recomputed = copy.deepcopy(plain)
-    x = torch.randn(8, 3, requires_grad=True)
-    plain(x).square().sum().backward()
-    checkpoint(recomputed, x, use_reentrant=reentrant).square().sum().backward()
-    assert plain[1].num_batches_tracked.item() == 1
-    assert bits(plain) == bits(recomputed)
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("transform", [torch.func.jacrev, torch.func.jacfwd], ids=["jacrev", "jacfwd"])
-def test_jacobians_of_a_training_layer(transform: type) -> None:
-    x = torch.randn(4, 3)
-    expected = transform(BatchNorm(3, track_running_stats=False))(x)
-    layer = BatchNorm(3)
-    check(transform(layer)(x).detach(), expected.detach(), VALUES)
-
-
-def test_vmap_over_a_training_layer_equals_a_loop() -> None:
-    xs = torch.randn(5, 8, 3)
-    mapped, looped = BatchNorm(3), BatchNorm(3)
-    ys = torch.func.vmap(mapped)(xs)
-    check(ys, torch.stack([looped(x) for x in xs]), VALUES)
-
-
 def test_statistics_do_not_carry_gradients() -> None:
     layer = BatchNorm(3)
     layer(torch.randn(4, 3, requires_grad=True))
@@ -258,3 +212,170 @@ def test_statistics_do_not_carry_gradients() -> None:
     leaf: Tensor = torch.randn(4, 3, requires_grad=True)
     layer.eval()(leaf).sum().backward()
     check(leaf.grad, (layer.running_var + 1e-5).rsqrt().expand(4, 3), VALUES)
+
+
+JOINABLE: dict[str, Callable[[], Norm]] = {
+    "moving": lambda: Norm("[n] c [h]", memory=Moving("c", decay=0.9), dtype=torch.float64),
+    "moving, biased": lambda: Norm("[n] c [h]", memory=Moving("c", decay=0.9, unbiased=False), dtype=torch.float64),
+    "average": lambda: Norm("[n] c [h]", memory=Average("c"), dtype=torch.float64),
+    "two axes": lambda: Norm("[n] c h", memory=Moving("h c", decay=0.9), dtype=torch.float64),
+    "rms": lambda: Norm("[n] c [h]", RMS(), memory=Moving("c", decay=0.9), dtype=torch.float64),
+    "instances": lambda: Norm("n c [h]", memory=Moving("c", decay=0.9), dtype=torch.float64),
+    "instances, biased": lambda: Norm("n c [h]", memory=Moving("c", decay=0.9, unbiased=False), dtype=torch.float64),
+    "instances, average": lambda: Norm("n c [h]", memory=Average("c"), dtype=torch.float64),
+}
+every_joinable = pytest.mark.parametrize("make", JOINABLE.values(), ids=JOINABLE)
+
+
+def micro_batches(*sizes: int) -> list[Tensor]:
+    return [torch.randn(size, 3, 5, dtype=torch.float64) * (k + 1) + 3 * k for k, size in enumerate(sizes)]
+
+
+def check_memory(layer: Norm, expected: Norm) -> None:
+    for name, value in expected.state_dict().items():
+        check(layer.state_dict()[name], value, POOLED)
+
+
+@every_joinable
+@pytest.mark.parametrize("sizes", [(8, 8, 8, 8), (3, 5, 8), (2, 31)], ids=str)
+def test_accumulated_micro_batches_are_remembered_as_the_batch_joined(
+    make: Callable[[], Norm], sizes: tuple[int, ...]
+) -> None:
+    layer, joined = make(), make()
+    parts = micro_batches(*sizes)
+    layer(x := micro_batches(4)[0]), joined(x)
+    with nw.accumulate(layer, len(sizes)):
+        for part in parts:
+            before = bits(layer)
+            y = layer(part)
+        assert bits(layer) != before  # entered with the last one, not at the end of the context
+    check(y, make()(parts[-1]), DOUBLE)  # outputs are those of micro-batches
+    joined(torch.cat(parts))
+    check_memory(layer, joined)
+    assert layer.num_batches_tracked.item() == 2
+
+
+@every_joinable
+@pytest.mark.parametrize("mean", [0.0, 1e6, 1e160])
+def test_a_window_of_one_is_no_window_bit_for_bit(make: Callable[[], Norm], mean: float) -> None:
+    layer, plain = make(), make()
+    with nw.accumulate(layer, 1):
+        for x in micro_batches(8, 3, 5):
+            layer(x + mean), plain(x + mean)
+    assert bits(layer) == bits(plain)
+
+
+@every_joinable
+def test_what_is_left_over_enters_at_the_end(make: Callable[[], Norm]) -> None:
+    layer, joined = make(), make()
+    parts = micro_batches(8, 3, 5, 8, 4)
+    with nw.accumulate(layer, 2):
+        [layer(part) for part in parts]
+    joined(torch.cat(parts[:2])), joined(torch.cat(parts[2:4])), joined(parts[4])
+    check_memory(layer, joined)
+
+
+@every_joinable
+@pytest.mark.filterwarnings("ignore:.*statistics are not finite")
+def test_a_micro_batch_that_is_not_finite_is_left_out_of_its_window(make: Callable[[], Norm]) -> None:
+    layer, joined = make(), make()
+    parts = micro_batches(8, 3, 5, 8)
+    layer(x := micro_batches(4)[0]), joined(x)
+    with nw.accumulate(layer, 5):
+        for part in (*parts[:2], torch.full_like(parts[0], torch.nan), *parts[2:]):
+            layer(part)
+        assert layer.num_batches_tracked.item() == 2  # it counts as one of the window
+    joined(torch.cat(parts))
+    check_memory(layer, joined)
+    with nw.accumulate(layer, 2):
+        [layer(torch.full_like(parts[0], torch.nan)) for _ in range(3)]
+    check_memory(layer, joined)
+    assert layer.skipped_batches.item() == 4
+
+
+def test_a_mask_counts_in_a_window_as_it_does_in_a_batch() -> None:
+    layer, joined = JOINABLE["moving"](), JOINABLE["moving"]()
+    parts = micro_batches(8, 3, 5)
+    valid = [torch.rand(part.shape[0]) > 0.4 for part in parts]
+    with nw.accumulate(layer, 3):
+        [layer(part, valid=mask) for part, mask in zip(parts, valid, strict=True)]
+    joined(torch.cat(parts), valid=torch.cat(valid))
+    check_memory(layer, joined)
+
+
+def test_a_window_that_an_exception_ends_is_dropped() -> None:
+    layer = JOINABLE["moving"]()
+    layer(micro_batches(8)[0])
+    before = bits(layer)
+
+    def interrupted() -> None:
+        with nw.accumulate(layer, 4):
+            [layer(part) for part in micro_batches(8, 8)]
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
+    assert bits(layer) == before
+    assert not any("pool" in name for name, _ in layer.named_buffers())
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known domain", "new domain"])
+def test_each_domain_accumulates_by_itself(known: bool) -> None:
+    layer, day, night = (JOINABLE["moving"]() for _ in range(3))
+    first, *parts = micro_batches(4, 8, 3, 5, 8)
+    layer(first), day(first)
+    if known:
+        with nw.domain(layer, "night"):
+            layer(first), night(first)
+    with nw.accumulate(layer, 2):
+        for k, part in enumerate(parts):
+            layer(part)
+            with nw.domain(layer, "night"):
+                layer(part - k)
+    for stop in (2, 4):
+        day(torch.cat(parts[stop - 2 : stop]))
+        night(torch.cat([parts[k] - k for k in range(stop - 2, stop)]))
+    for name, value in day.state_dict().items():
+        check(layer.state_dict()[name], value, POOLED)
+        check(layer.state_dict()[f"_domains.night.{name}"], night.state_dict()[name], POOLED)
+
+
+def test_what_is_held_or_frozen_does_not_count_in_a_window() -> None:
+    layer, joined = JOINABLE["moving"](), JOINABLE["moving"]()
+    one, other, probe = micro_batches(8, 5, 3)
+    with nw.accumulate(layer, 2):
+        layer(one)
+        with nw.no_update(layer):
+            layer(probe)
+        with nw.freeze(layer):
+            layer(probe)
+        layer(other)
+    joined(torch.cat((one, other)))
+    check_memory(layer, joined)
+
+
+@pytest.mark.parametrize("window", [0, -1, 2.0, True])
+def test_a_window_that_is_no_number_of_batches(window: int) -> None:
+    with (
+        pytest.raises(ValueError, match=f"^window is a number of batches, from 1 on, not {window!r}$"),
+        nw.accumulate(BatchNorm(3), window),
+    ):
+        pass
+
+
+def test_averages_that_cannot_be_joined_and_nested_windows_are_refused() -> None:
+    layer = Norm("[n] c w [h]", memory=Moving("c", decay=0.9), c=3)
+    model = nn.Sequential(BatchNorm(3), nn.Sequential(layer))
+    with pytest.raises(NormwiseError) as caught, nw.accumulate(model, 2):
+        pass
+    assert str(caught.value) == (
+        "1.0: '[n] c w [h]' averages over w in its memory, and averages of batches cannot be joined exactly; "
+        "normalize over it, or remember it"
+    )
+    assert model[0]._window == 0
+    with nw.accumulate(model[0], 2):
+        with pytest.raises(NormwiseError) as caught, nw.accumulate(model[:1], 3):
+            pass
+        model[0](torch.randn(4, 3)), model[0](torch.randn(4, 3))
+    assert str(caught.value) == "0: accumulation within accumulation"
+    assert model[0].num_batches_tracked.item() == 1

@@ -78,11 +78,11 @@ def test_center_equals_the_definition(dims: tuple[int, ...]) -> None:
     assert centered.scale is None
 
 
-@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e17, 1e18, 1e19, 3e38])
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e14, 1e15, 1e19, 3e38])
 def test_squares_stay_finite_and_scaling_is_exact(magnitude: float) -> None:
     x = torch.linspace(-1, 1, 1000).unsqueeze(1) * magnitude
     scale = magnitude_scale(x, (0,))
-    assert (scale is None) == (magnitude <= 1e18)
+    assert (scale is None) == (magnitude <= 1e14)
     scale = torch.ones(1, 1) if scale is None else scale
     assert math.log2(scale.item()).is_integer()
     assert square_sum(x * scale, (0,)).isfinite().all()

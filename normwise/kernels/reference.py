@@ -102,12 +102,15 @@ def _normalize(view: Tensor, steps: Steps, dtype: torch.dtype) -> tuple[Tensor, 
         return values, Result(values, None, remembered)
     values, line, moments = steps.normalizer.normalize(view, steps.plan.reduced, dtype, valid)
     result = Result(values, moments, line)
-    if recalled is not None and remembered is not None and recalled.use == "fallback":
-        enough = torch.as_tensor(moments.count, device=view.device) >= recalled.least
-        return torch.where(enough, values, remembered.values(view, valid)), result._replace(line=None)
-    if recalled is not None and remembered is not None and recalled.limits is not None:
+    if recalled is None or remembered is None:
+        return values, result
+    enough = torch.as_tensor(moments.count, device=view.device) >= recalled.least
+    if recalled.limits is not None:
         r, d = _correction(line, moments, remembered, recalled.limits)
-        return values * r + d, result._replace(correction=(r, d))
+        d = torch.where(enough, d, torch.zeros_like(d))
+        values, result = values * r + d, result._replace(correction=(r, d))
+    if recalled.use == "fallback":
+        values, result = torch.where(enough, values, remembered.values(view, valid)), result._replace(line=None)
     return values, result
 
 
