@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 
 from normwise.commit import Store
 from normwise.errors import NormwiseError, ShapeError
-from normwise.holder import POOL, START, Slot, Holder, UnsizedBuffer, buffers_of
+from normwise.holder import POOL, START, Holder, Slot, UnsizedBuffer, buffers_of
 from normwise.memory import Memory
 from normwise.plan import Over, Plan, over_shape
 from normwise.spec import NormSpec
