@@ -19,7 +19,7 @@ from normwise.layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Layer
 from normwise.memory import Average, Frozen, Moving, Renorm
 from normwise.modes import accumulate, domain, freeze, no_update, unfreeze
 from normwise.norm import Norm
-from normwise.normalizers import RMS, Standardize
+from normwise.normalizers import L2, RMS, Standardize
 from normwise.recoveries import Affine, Scale
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "L2",
     "RMS",
     "Affine",
     "Average",

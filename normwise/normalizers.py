@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from normwise.errors import PatternError
 from normwise.moments import Moments, center, magnitude_scale, minus, only, sample_count, square_sum, times
 
 
@@ -156,6 +157,58 @@ class RMS:
 
     def _eps(self, dtype: torch.dtype) -> float:
         return torch.finfo(dtype).eps if self.eps is None else self.eps
+
+
+@dataclass(frozen=True)
+class L2:
+    """Euclidean norm: x / sqrt(sum(x^2) + eps), column by column, as `torch.nn.functional.normalize` does it.
+
+    torch's takes the larger of the norm and its eps, 1e-12; here its square stands under the root, which is smooth. The
+    norm of zeros in half precision is no 0 / 0: it is computed in float32 at least, and the result is 0.
+
+    There is nothing to remember: a norm belongs to one vector.
+
+    Args:
+        eps: Added to the sum of squares.
+
+    Raises:
+        ValueError: eps is negative or not finite.
+
+    >>> Norm("... [d]", L2())(torch.tensor([3.0, 4.0]))
+    tensor([0.6000, 0.8000])
+    """
+
+    remembers: ClassVar[tuple[str, ...]] = ()
+    needs_two: ClassVar[bool] = False
+
+    eps: float = 1e-24
+
+    def __post_init__(self) -> None:
+        _check_eps(self.eps)
+
+    def normalize(
+        self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype, valid: Tensor | None = None
+    ) -> Normalized:
+        """x / sqrt(sum(x^2) + eps) with the sum over `dims`; the moments are those about 0."""
+        scale = magnitude_scale(view, dims)
+        scaled = view if scale is None else view * scale
+        squares = square_sum(scaled, dims)
+        inverse = _inverse_root(squares, self.eps, scale)
+        about = torch.zeros_like(squares).detach()
+        moments = Moments(sample_count(view.shape, dims, valid), about, _unscaled(squares.detach(), scale))
+        return Normalized(scaled * inverse, Line(scale, (), inverse), moments)
+
+    def recall(self, remembered: tuple[Tensor, ...], dtype: torch.dtype) -> Line:
+        """Refuse: nothing is remembered, and a memory cannot be declared.
+
+        Raises:
+            PatternError: always.
+        """
+        raise PatternError("L2 has no statistics to recall")
+
+    def formula(self) -> str:
+        """The formula with its numbers."""
+        return f"x / sqrt(sum(x^2) + {self.eps})"
 
 
 def _check_eps(eps: float) -> None:

@@ -59,6 +59,8 @@ class NormSpec:
 
     def _check_memory(self, memory: Memory) -> None:
         kind = type(memory).__name__
+        if not self.normalizer.remembers:
+            raise PatternError(f"{type(self.normalizer).__name__} has no statistics for {kind} to remember", self.text)
         for name in _flat(self.memory_over):
             if self.pattern.axis(name).reduced:
                 raise self.pattern.error(

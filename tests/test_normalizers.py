@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import normwise as nw
-from normwise import RMS, Norm, Standardize
+from normwise import L2, RMS, Moving, Norm, PatternError, Scale, Standardize
 from normwise.moments import STATISTICS, Moments
 from normwise.normalizers import Line, Normalized
-from tests.tolerances import DOUBLE, check
+from tests.tolerances import DOUBLE, EXACT, check
 
 DOUBLE_DTYPE = torch.float64
 
@@ -43,6 +43,38 @@ def test_rms_equals_its_formula(eps: float) -> None:
     check(RMS(eps).recall((remembered,), x.dtype).values(x), normalized.values, DOUBLE)
 
 
+def test_l2_equals_torchs_normalize_and_its_formula() -> None:
+    x = torch.randn(6, 4, dtype=DOUBLE_DTYPE) * 3 + 1
+    check(Norm("n [d]", L2())(x), torch.nn.functional.normalize(x), DOUBLE)
+    check(Norm("[n] d", L2(0.5))(x), x / (x.square().sum(0) + 0.5).sqrt(), DOUBLE)
+
+
+def test_l2_of_zeros_and_of_any_magnitude() -> None:
+    """torch's is 0 / 0 in half precision, where its eps is 0, and loses vectors whose squares leave float32."""
+    half = torch.zeros(2, 8, dtype=torch.float16)
+    assert torch.nn.functional.normalize(half).isnan().all()
+    assert torch.equal(Norm("n [d]", L2())(half), half)
+    for magnitude in (1e-15, 1e19, 3e38):
+        x = torch.rand(4, 100) * magnitude
+        check(Norm("n [d]", L2())(x).double(), torch.nn.functional.normalize(x.double()), EXACT)
+
+
+def test_derivatives_of_l2() -> None:
+    x = torch.randn(3, 5, dtype=DOUBLE_DTYPE, requires_grad=True)
+    norm = Norm("n [d]", L2(0.3), Scale("d"), d=5, dtype=DOUBLE_DTYPE)
+    valid = torch.rand(3, 5) > 0.3
+    for call in (norm, lambda x: norm(x, valid=valid)):
+        assert torch.autograd.gradcheck(call, (x,))
+        assert torch.autograd.gradgradcheck(call, (x,))
+
+
+def test_l2_has_nothing_to_remember() -> None:
+    with pytest.raises(PatternError, match=r"^L2 has no statistics for Moving to remember\n  \[n\] c$"):
+        Norm("[n] c", L2(), memory=Moving("c", decay=0.9))
+    with pytest.raises(PatternError, match=r"^L2 has no statistics to recall$"):
+        L2().recall((), torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_the_eps_of_rms_is_by_default_that_of_the_inputs_dtype(dtype: torch.dtype) -> None:
     tiny = torch.full((2, 8), 1e-3).to(dtype)
@@ -66,9 +98,10 @@ def test_moments_are_detached() -> None:
         (Standardize(), "(x - mean) / sqrt(var + 1e-05), biased variance"),
         (RMS(), "x / sqrt(mean(x^2) + machine epsilon)"),
         (RMS(0.1), "x / sqrt(mean(x^2) + 0.1)"),
+        (L2(0.25), "x / sqrt(sum(x^2) + 0.25)"),
     ],
 )
-def test_formula_and_repr(normalizer: Standardize | RMS, formula: str) -> None:
+def test_formula_and_repr(normalizer: Standardize | RMS | L2, formula: str) -> None:
     assert normalizer.formula() == formula
     assert eval(repr(normalizer)) == normalizer
 

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from normwise.kernels.reference import Parameters, Result, Steps, four_steps
 from normwise.moments import Moments, only, sample_count
-from normwise.normalizers import RMS, Line, Normalizer, Standardize
+from normwise.normalizers import L2, RMS, Line, Normalizer, Standardize
 from normwise.recoveries import Affine, Recovery, Scale
 from normwise.sums import column_sum
 from normwise.transforms import being_traced
 
-# The normalizers whose derivative this is, and whether they subtract the mean; the recoveries that it knows.
-_CENTERS: dict[type[Normalizer], bool] = {Standardize: True, RMS: False}
+# The normalizers whose derivative this is; those that subtract a mean, and divide a sum of squares by the count; the
+# recoveries that it knows.
+_NORMALIZERS: tuple[type[Normalizer], ...] = (Standardize, RMS, L2)
+_CENTERS, _AVERAGES = (Standardize,), (Standardize, RMS)
 _RECOVERIES: tuple[type[Recovery] | type[None], ...] = (Affine, Scale, type(None))
 
 
@@ -40,7 +42,7 @@ def _known(steps: Steps) -> bool:
     recalled = steps.recalled
     if recalled is not None and (recalled.use == "fallback" or any(s.requires_grad for s in recalled.statistics)):
         return False
-    return type(steps.normalizer) in _CENTERS and type(steps.recovery) in _RECOVERIES
+    return type(steps.normalizer) in _NORMALIZERS and type(steps.recovery) in _RECOVERIES
 
 
 def _differentiates(x: Tensor, parameters: Parameters) -> bool:
@@ -64,9 +66,9 @@ class _ClosedForm(torch.autograd.Function):
     """Input, weight and bias -> output, and the moments (not differentiable).
 
     With v the values, s the slope, n the samples of a column and means taken over the column:
-    dx = s (dv - mean(dv) - v mean(dv v)), without mean(dv) where no mean is subtracted, and dx = s dv where the
-    statistics were remembered. Where a derivative of this derivative is wanted, it is taken of the definition instead,
-    and so is right at every order.
+    dx = s (dv - mean(dv) - v mean(dv v)), without mean(dv) where no mean is subtracted, with the sum of dv v where no
+    mean square is taken, and dx = s dv where the statistics were remembered. Where a derivative of this derivative is
+    wanted, it is taken of the definition instead, and so is right at every order.
     """
 
     @staticmethod
@@ -126,8 +128,9 @@ def _through_statistics(d_values: Tensor, values: Tensor, steps: Steps) -> Tenso
     count = sample_count(values.shape, dims, steps.valid)
     if isinstance(count, Tensor):
         count = count.clamp_min(1)
-    along = values * (column_sum(d_values * values, dims) / count)
-    if _CENTERS[type(steps.normalizer)]:
+    kind = type(steps.normalizer)
+    along = values * (column_sum(d_values * values, dims) / (count if kind in _AVERAGES else 1))
+    if kind in _CENTERS:
         d_values = d_values - column_sum(d_values, dims) / count
     return d_values - along
 
