@@ -31,6 +31,7 @@ RANKS = {
     "kernels.closed_form": 6,
     "holder": 6,
     "state": 7,
+    "remembering": 8,
     "explain": 8,
     "norm": 9,
     "scan": 10,

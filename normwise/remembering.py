@@ -1,0 +1,191 @@
+"""How a layer uses its memory: what it reads of it in a call, and how a batch enters it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from normwise.commit import Entry, commit, entry, flush, is_unbiased, recall
+from normwise.elastic import stretched
+from normwise.errors import NonFiniteError, PatternError, ShapeError
+from normwise.kernels.reference import Recalled, Use, wide_dtype
+from normwise.masks import masked_axes
+from normwise.memory import Memory, falls_back, limits
+from normwise.moments import Moments, only
+from normwise.plan import Plan, averaged, gather, place
+from normwise.spec import check_samples
+from normwise.state import Stateful
+from normwise.sums import column_sum
+from normwise.whereabouts import Whereabouts
+
+
+class Remembering(Stateful):
+    """A layer that remembers past batches, if that is declared; `Norm` adds what is done with a tensor."""
+
+    def _checked_use(self, plan: Plan, mask: Tensor | None) -> Use | None:
+        """What remembered statistics are for, once there are samples enough."""
+        use = self._use_of_memory(plan, mask)
+        if use != "instead" and math.prod(plan.shape) > 0 and self.spec.normalizer.needs_two:
+            check_samples(self.spec.pattern, plan, remembers=self.spec.memory is not None)
+        return use
+
+    def _measures(self) -> bool:
+        """Whether batches are normalized by their own statistics although there is a memory: in training."""
+        memory = self.spec.memory
+        return self.training and not self.frozen and memory is not None and memory.updates and self._has_buffers()
+
+    def _commits(self) -> bool:
+        """Whether batches enter the memory."""
+        return self._measures() and not self._held
+
+    def _use_of_memory(self, plan: Plan, mask: Tensor | None) -> Use | None:
+        """What remembered statistics are for in this call."""
+        memory = self.spec.memory
+        if memory is None or not self._has_buffers():
+            return None
+        if not self._measures() or (memory.degenerate == "memory" and plan.rows < self._least):
+            return "instead"
+        if self.spec.elastic is not None and self._length() == 0 and not self._commits():
+            return None  # nothing is remembered yet, and nothing will be
+        if mask is not None and falls_back(memory):
+            return "fallback"
+        return None if memory.renorm is None else "correct"
+
+    @property
+    def _least(self) -> int:
+        """How many samples a column needs to enter the memory."""
+        return 2 if self.spec.normalizer.needs_two else 1
+
+    def _has_buffers(self) -> bool:
+        """Whether the memory is there: torch's habit is to set the buffers to None to switch it off."""
+        buffers = self._holder()._buffers
+        return all(buffers[f"running_{name}"] is not None for name in self.spec.normalizer.remembers)
+
+    def _owner(self) -> object:
+        """Who this is, for warnings and errors."""
+        return type(self).__name__ if torch.compiler.is_compiling() else Whereabouts(self)
+
+    def _recalled(self, use: Use, plan: Plan, wide: torch.dtype, fingerprint: Callable[[], Tensor]) -> Recalled:
+        """The memory as this call sees it, shaped to broadcast against the view."""
+        spec, store = self.spec, self._store()
+        memory = cast("Memory", spec.memory)
+        if self._measures():  # it moves while it is read: a recomputed forward must see what the first one saw
+            store = recall(store, fingerprint(), self._owner())
+        statistics: tuple[Tensor, ...] = store.statistics
+        if spec.elastic is not None and self._elastic_dim is not None:
+            batches = store.batches if memory.updates else None
+            length, names = plan.size(spec.elastic), spec.normalizer.remembers
+            beyond = "last" if memory.past_end == "raise" and use != "instead" else memory.past_end
+            statistics = stretched(statistics, names, batches, self._elastic_dim, spec.elastic, length, beyond)
+        shaped = tuple(place(statistic.to(wide), spec.memory_over, plan) for statistic in statistics)
+        opened = None
+        if use != "instead" and memory.renorm is not None and store.batches is not None:
+            opened = limits(memory.renorm, store.batches, wide)
+        return Recalled(shaped, use, self._least, opened)
+
+    def _fingerprint(self, x: Tensor, plan: Plan, mask: Tensor | None) -> Tensor:
+        """Sums that tell this batch from others, over the memory's axes."""
+        view = only(x.detach().to(wide_dtype(x)).reshape(plan.view), mask)
+        summed = column_sum(view, plan.reduced)
+        summed = column_sum(summed, averaged(summed.shape, self.spec.memory_over, plan))
+        return self._within(gather(summed, self.spec.memory_over, plan))
+
+    def _within(self, statistic: Tensor) -> Tensor:
+        """As many places of the elastic axis as the memory has."""
+        dim = self._elastic_dim
+        return statistic if dim is None else statistic.narrow(dim, 0, min(statistic.shape[dim], self._length()))
+
+    def _enter(self, plan: Plan, moments: Moments, length: int) -> None:
+        """Let a batch enter the memory, which for its sake may have grown from `length` places of the elastic axis."""
+        if self._length() == length:
+            self._commit(plan, moments)
+            return
+        counts = self._counts()
+        before = [count.clone() for count in counts]
+        try:
+            self._commit(plan, moments)
+        finally:
+            if all(map(torch.equal, counts, before)):  # it did not enter
+                self._resize(length)
+
+    def _counts(self) -> list[Tensor]:
+        """What changes when a batch enters the memory, or what is accumulated for it."""
+        buffers = self._holder()._buffers
+        counts = (buffers["num_batches_tracked"], buffers.get("_pool_count"))
+        return [count for count in counts if count is not None]
+
+    def _commit(self, plan: Plan, moments: Moments) -> None:
+        spec = self.spec
+        memory = cast("Memory", spec.memory)
+        unbiased = is_unbiased(memory, spec.normalizer.remembers)
+        batch = entry(moments, spec.memory_over, plan, unbiased=unbiased, least=self._least)
+        commit(
+            memory,
+            spec.normalizer.remembers,
+            self._store(),
+            Entry(*map(self._within, batch)),
+            least=self._least,
+            owner=self._owner(),
+            window=self._window,
+            joins=spec.joins_batches,
+        )
+
+    def _flush(self) -> None:
+        """Let what is accumulated enter, in every domain."""
+        memory, current = self.spec.memory, self._domain
+        if memory is None:
+            return
+        try:
+            for name in (None, *self.domains):
+                self._domain = name
+                flush(memory, self.spec.normalizer.remembers, self._store(), least=self._least)
+        finally:
+            self._domain = current
+
+    def _grow(self, plan: Plan) -> None:
+        """Remember more places of the elastic axis, unless its length is declared."""
+        elastic = self.spec.elastic
+        if elastic is None or elastic in dict(self.spec.sizes) or plan.size(elastic) <= self._length():
+            return
+        if torch.compiler.is_compiling():
+            raise ShapeError(
+                f"the memory of axis '{elastic}' cannot grow in compiled code: declare how long it is, for example "
+                f"{elastic}={plan.size(elastic)}, or run the longest batch once in eager mode"
+            )
+        self._resize(plan.size(elastic))
+
+    def _check_mask(self, mask: Tensor | None, plan: Plan) -> None:
+        """Refuse what one counter cannot count: batches that reach some of the remembered columns only."""
+        memory = self.spec.memory
+        if memory is None or mask is None or memory.update_rate is not None:
+            return
+        remembered = {name for dim in self.spec.memory_over for name in dim} - {self.spec.elastic}
+        apart = masked_axes(mask, plan) & remembered
+        if apart:
+            raise PatternError(
+                f"a mask along '{min(apart)}' lets a batch enter some of its places only, and {memory!r} counts "
+                "batches for all of them together: use Moving",
+                self.spec.text,
+            )
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Undo what sub-batches have entered if a later one is refused."""
+        memory = self.spec.memory
+        if memory is None or memory.nonfinite != "raise" or torch.compiler.is_compiling():
+            yield
+            return
+        buffers = [buffer for buffer in self._holder()._buffers.values() if buffer is not None and not is_lazy(buffer)]
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            yield
+        except NonFiniteError:
+            for buffer, kept in zip(buffers, before, strict=True):
+                buffer.copy_(kept)
+            raise
