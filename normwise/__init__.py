@@ -21,6 +21,7 @@ from normwise.modes import accumulate, domain, freeze, no_update, unfreeze
 from normwise.norm import Norm
 from normwise.normalizers import L2, RMS, Standardize
 from normwise.recoveries import Affine, Scale
+from normwise.recurrent import GRU, LSTM, RNN
 
 if TYPE_CHECKING:
     from normwise.study import Study, tune
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "GRU",
     "L2",
+    "LSTM",
     "RMS",
+    "RNN",
     "Affine",
     "Average",
     "BatchNorm",

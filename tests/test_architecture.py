@@ -35,6 +35,8 @@ RANKS = {
     "explain": 8,
     "norm": 9,
     "scan": 10,
+    "recurrent_cells": 11,
+    "recurrent": 12,
     "layers": 10,
     "functional": 10,
     "textbook": 10,

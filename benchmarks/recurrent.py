@@ -1,0 +1,116 @@
+"""How long forward and backward of a layer-normalized LSTM take, beside the loops that people write.
+
+The loops go over `torch` modules step by step: two `nn.Linear` and three `nn.LayerNorm` (what `nw.LSTM` computes), or
+`nn.LSTMCell` and one `nn.LayerNorm` on the hidden state (less than that). All take turns, so that what else the machine
+does meets all of them; printed are medians in milliseconds.
+
+    python benchmarks/recurrent.py
+    python benchmarks/recurrent.py --compiled
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+from torch import Tensor, nn
+
+import normwise as nw
+from normwise.recurrent import LSTM
+
+STEPS = 64
+SIZES = ((128, 16), (256, 32), (512, 64))  # hidden and input, batch
+
+
+class ThreeNorms(nn.Module):
+    """The loop with layer norm at the three places."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.of_input, self.of_hidden = nn.Linear(size, 4 * size), nn.Linear(size, 4 * size, bias=False)
+        self.input_norm, self.hidden_norm = nn.LayerNorm(4 * size), nn.LayerNorm(4 * size)
+        self.cell_norm = nn.LayerNorm(size)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """From (t, n, input) to all hidden states, and the last state."""
+        h = c = x.new_zeros(x.shape[1], self.size)
+        outputs = []
+        for x_t in x:
+            gates = self.input_norm(self.of_input(x_t)) + self.hidden_norm(self.of_hidden(h))
+            i, f, g, o = gates.chunk(4, -1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * self.cell_norm(c).tanh()
+            outputs.append(h)
+        return torch.stack(outputs), (h, c)
+
+
+class OneNorm(nn.Module):
+    """The loop with layer norm on the hidden state."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.cell, self.norm = nn.LSTMCell(size, size), nn.LayerNorm(size)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """From (t, n, input) to all hidden states, and the last state."""
+        h = c = x.new_zeros(x.shape[1], self.size)
+        outputs = []
+        for x_t in x:
+            h, c = self.cell(x_t, (h, c))
+            h = self.norm(h)
+            outputs.append(h)
+        return torch.stack(outputs), (h, c)
+
+
+def models(size: int) -> dict[str, nn.Module]:
+    """What is compared."""
+    layer = nw.Norm("... [c]", recovery=nw.Affine("c"))
+    per_step = nw.Norm("[n] t c", recovery=nw.Affine("c"), memory=nw.Moving("t c", decay=0.9, beyond={"t": "last"}))
+    return {
+        "nw.LSTM, layer norm": LSTM(size, size, norm=layer),
+        "loop, three LayerNorm": ThreeNorms(size),
+        "loop, LSTMCell + one": OneNorm(size),
+        "nw.LSTM, batch norm": LSTM(size, size, norm=per_step),
+        "nn.LSTM, no norm": nn.LSTM(size, size),
+    }
+
+
+def milliseconds(model: nn.Module, x: Tensor, cotangent: Tensor) -> float:
+    """One forward and backward."""
+    start = time.perf_counter()
+    model(x)[0].backward(cotangent)
+    took = time.perf_counter() - start
+    model.zero_grad()
+    return 1000 * took
+
+
+def main() -> None:
+    """Measure every size, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compiled", action="store_true", help="compile what can be compiled into one graph; minutes")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.compiled:
+        torch._dynamo.config.allow_rnn = True
+    columns = {}
+    for size, batch in SIZES:
+        x, cotangent = torch.randn(STEPS, batch, size), torch.randn(STEPS, batch, size)
+        compared = models(size)
+        if options.compiled:
+            kept = list(compared)[:3]
+            compared = {name: torch.compile(compared[name], fullgraph=True) for name in kept}
+        rounds = [[milliseconds(m, x, cotangent) for m in compared.values()] for _ in range(options.rounds + 1)]
+        columns[f"{size}, batch {batch}"] = [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
+    print(f"{f'hidden, {STEPS} steps':24}" + "".join(f"{head:>16}" for head in columns))
+    for at, name in enumerate(compared):
+        print(f"{name:24}" + "".join(f"{column[at]:16.1f}" for column in columns.values()))
+
+
+if __name__ == "__main__":
+    main()
