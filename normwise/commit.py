@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normwise.errors import NonFiniteError, RecomputeError
+from normwise.errors import NonFiniteError, NormwiseError, RecomputeError
 from normwise.memory import Memory
 from normwise.moments import STATISTICS, Moments, merge
 from normwise.plan import Over, Plan, averaged, gather
 from normwise.sums import column_sum
 from normwise.transforms import being_traced, recomputing
+
+_SLACK = 1e-4  # how far a compiler's recomputation of a batch's sums may be from the first, which it summed otherwise
 
 
 class Store(NamedTuple):
@@ -59,7 +61,7 @@ def entry(moments: Moments, over: Over, plan: Plan, *, unbiased: bool, least: in
     Averaged are means and variances, as torch's InstanceNorm does it, and not the samples joined.
     """
     mean, m2 = moments.mean, moments.m2
-    count = torch.as_tensor(moments.count, dtype=mean.dtype, device=mean.device).expand(mean.shape)
+    count = torch.zeros_like(mean) + moments.count  # no copy from the host, and no size that a compiler must fix
     columns = torch.ones_like(mean)
     dims = averaged(mean.shape, over, plan)
     if dims:
@@ -98,7 +100,7 @@ def commit(
         batch: What enters. Along an elastic axis it may be shorter than the buffers.
         least: Samples that a column must have.
         owner: Whose memory it is, for warnings and errors; `str()` is asked when there is one.
-        window: How many batches the pool takes.
+        window: How many batches the pool takes; 0: this is a part of a batch, of which more is to come.
         joins: Whether pooled batches are joined sample by sample; otherwise their columns are averaged.
 
     Raises:
@@ -111,7 +113,7 @@ def commit(
     run(
         store.statistics,
         store.batches,
-        store.skips,
+        None if torch.compiler.is_exporting() else store.skips,  # an exported program changes buffers only
         store.samples,
         store.pool,
         list(batch),
@@ -155,20 +157,23 @@ def _commit(
     if recomputing():
         return
     entered = Entry(*batch)
-    enters = _admitted(entered, entered.count >= least, nonfinite, skips, owner)
+    enters = entered.count >= (1 if pool and joins else least)
     if samples is not None:
         samples.zero_()
         count = entered.count * entered.columns
         _corner(samples, count).copy_(count)
     if pool:
-        entered, enters = _pool(pool, entered, enters, window, joins=joins, unbiased=unbiased)
-        enters = _admitted(entered, enters, nonfinite, skips, owner)
+        enters = _admitted(entered, (entered.mean, entered.m2), enters, nonfinite, skips, owner)
+        entered, full = _pool(pool, entered, enters, window, joins=joins, unbiased=unbiased)
+        enters = full & (entered.count >= least)
     counter = None if batches is None else _corner(batches, enters)
-    for old, name in zip(statistics, remembers.split(","), strict=True):
+    names = remembers.split(",")
+    new = [STATISTICS[name](entered.moments, unbiased=unbiased).to(statistics[0].dtype) for name in names]
+    enters = _admitted(entered, new, enters, nonfinite, skips, owner)
+    for old, entering in zip(statistics, new, strict=True):
         old = _corner(old, enters)
-        new = STATISTICS[name](entered.moments, unbiased=unbiased).to(old.dtype)
         rate = update_rate if counter is None or update_rate is not None else (counter + 1).to(old.dtype).reciprocal()
-        blended = old * (1 - rate) + new * rate  # type: ignore[operator]  # commit() saw that there is a rate
+        blended = old * (1 - rate) + entering * rate  # type: ignore[operator]  # commit() saw that there is a rate
         old.copy_(torch.where(enters, blended, old))
     if counter is not None:
         counter.add_(_any(enters, counter.shape))
@@ -205,32 +210,37 @@ def _example(arg: Any, dim: Any, example: int) -> Any:
     return arg if dim is None else arg.select(dim, example)
 
 
-def recall(store: Store, batch: Tensor, owner: object) -> Store:
+def recall(store: Store, batch: Tensor, owner: object, *, enters: bool) -> Store:
     """The memory as a batch in training sees it, which is as it saw it the first time if it is computed again.
 
     Args:
         store: The buffers.
         batch: A number or more that tells this batch from another, over the memory's axes.
         owner: Whose memory it is, for the error.
+        enters: Whether the batch then enters the memory, so that a mapped call cannot be a loop's.
 
     Raises:
         RecomputeError: a checkpointed forward is computed again after another batch has been seen.
+        NormwiseError: the call is mapped, and would have to read between one example's entry and the next.
     """
     remembered = [*store.statistics, *(() if store.batches is None else (store.batches,))]
     seen = (*store.seen[: 1 + len(remembered)], store.seen[-1])
     run = _see_operator if being_traced() else _see
-    run(remembered, seen, batch, str(owner) if being_traced() else owner)
+    slack = _SLACK if torch.compiler.is_compiling() else 0.0
+    run(remembered, seen, batch, slack, enters, str(owner) if being_traced() else owner)
     first_seen = [kept.clone() for kept in seen[1:-1]]
     statistics = tuple(first_seen[: len(store.statistics)])
     return store._replace(statistics=statistics, batches=None if store.batches is None else first_seen[-1])
 
 
 @torch.no_grad()
-def _see(memory: Sequence[Tensor], seen: Sequence[Tensor], batch: Tensor, owner: object) -> None:
+def _see(
+    memory: Sequence[Tensor], seen: Sequence[Tensor], batch: Tensor, slack: float, enters: bool, owner: object
+) -> None:
     """Take down the memory as a batch finds it; if the batch is computed again, leave what was taken down."""
     last, *snapshot, waiting = seen
     last = _corner(last, batch)
-    same = ((last == batch) | (last.isnan() & batch.isnan())).all()
+    same = _same(last, batch, slack)
     if not recomputing():
         moved = torch.stack([(kept != now).any() for kept, now in zip(snapshot, memory, strict=True)]).any()
         waiting.copy_(torch.where(same & moved & (waiting > 0), 2, 1))  # 2: which of two it is would not be known
@@ -246,11 +256,19 @@ def _see(memory: Sequence[Tensor], seen: Sequence[Tensor], batch: Tensor, owner:
         )
 
 
+def _same(a: Tensor, b: Tensor, slack: float) -> Tensor:
+    """Whether two batches have the same sums; `slack` is relative to the largest, and 0 asks for the same bits."""
+    close = (a == b) | (a.isnan() & b.isnan())
+    if slack and b.numel():
+        close = close | ((a - b).abs() <= slack * b.abs().amax())
+    return close.all()
+
+
 _see_operator = torch.library.custom_op(
     "normwise::see",
     _see,
     mutates_args=("seen",),
-    schema="(Tensor[] memory, Tensor(a!)[] seen, Tensor batch, str owner) -> ()",
+    schema="(Tensor[] memory, Tensor(a!)[] seen, Tensor batch, float slack, bool enters, str owner) -> ()",
 )
 
 
@@ -260,8 +278,16 @@ def _see_fakely(*args: object) -> None:
 
 
 @_see_operator.register_vmap
-def _see_refuses(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[None, None]:
-    raise RecomputeError(f"{args[-1]}: a layer that reads its memory in training cannot be mapped: use a loop")
+def _see_one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[None, None]:
+    *_, enters, owner = args
+    if enters:
+        raise NormwiseError(
+            f"{owner}: in a loop each example would read the memory after the one before has entered it, which a "
+            "mapped call cannot: use a loop, or evaluation mode"
+        )
+    for example in range(info.batch_size):
+        _see_operator(*(_example(arg, dim, example) for arg, dim in zip(args, in_dims, strict=True)))
+    return None, None
 
 
 def _pool(
@@ -273,8 +299,8 @@ def _pool(
     present = Entry(*(torch.where(enters, x, torch.zeros_like(x)) for x in batch))
     for part, joined in zip(parts, _joined(parts, present, joins=joins, unbiased=unbiased), strict=True):
         part.copy_(joined)
-    calls.add_(1)
-    full = calls >= window
+    calls.add_(min(window, 1))
+    full = (calls >= window) & (window > 0)
     total = Entry(*(buffer.clone() for buffer in held))
     for buffer in pool:
         buffer.copy_(torch.where(full, torch.zeros_like(buffer), buffer))
@@ -297,11 +323,18 @@ def _variance(batch: Entry, *, unbiased: bool) -> Tensor:
     return batch.m2 / (batch.count - int(unbiased)).clamp_min(1)
 
 
-def _admitted(batch: Entry, enters: Tensor, nonfinite: str, skips: Tensor | None, owner: object) -> Tensor:
-    """Where a batch enters: nowhere, and counted, if it is not finite."""
+def _admitted(
+    batch: Entry,
+    statistics: Sequence[Tensor],
+    enters: Tensor,
+    nonfinite: str,
+    skips: Tensor | None,
+    owner: object,
+) -> Tensor:
+    """Where a batch enters: nowhere, and counted, if one of its statistics is not finite."""
     if nonfinite == "keep":
         return enters
-    finite = ((batch.mean.isfinite() & batch.m2.isfinite()) | ~enters).all()
+    finite = torch.stack([(statistic.isfinite() | ~enters).all() for statistic in statistics]).all()
     _report(batch, finite, nonfinite, skips, owner)
     if skips is not None:
         skips[0].add_(~finite)
@@ -322,7 +355,8 @@ def _report(batch: Entry, finite: Tensor, nonfinite: str, skips: Tensor | None, 
     if first and not (batch.mean.isfinite().all() and not batch.m2.isnan().any()):
         if skips is not None:
             skips[1].add_(1)
-        warnings.warn(f"{message}: it does not enter the memory; skipped_batches counts such batches", stacklevel=2)
+        counted = "" if skips is None else "; skipped_batches counts such batches"
+        warnings.warn(f"{message}: it does not enter the memory{counted}", stacklevel=2)
 
 
 def _corner(buffer: Tensor, like: Tensor) -> Tensor:

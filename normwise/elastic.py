@@ -20,6 +20,7 @@ def stretched(
     axis: str,
     length: int,
     beyond: Beyond,
+    used: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Remembered statistics for the first `length` places of an axis.
 
@@ -34,6 +35,7 @@ def stretched(
         axis: The axis' name, for the error.
         length: Of the input.
         beyond: The policy.
+        used: Which of the first `length` places the input has anything at; None: all.
 
     Raises:
         ShapeError: nothing is remembered, or the policy is "raise" and a place was never entered.
@@ -47,10 +49,9 @@ def stretched(
     entered = torch.ones(known, dtype=torch.bool, device=device) if batches is None else batches.reshape(-1) > 0
     entered = entered | ~entered.any()
     if beyond == "raise":
-        _refuse(entered, axis, length)
-        return tuple(statistic.narrow(dim, 0, length) for statistic in statistics)
+        _refuse(entered, axis, length, used)
     places = torch.arange(length, device=device).clamp_max(known - 1)
-    if beyond == "last":
+    if beyond != "pooled":
         here = torch.arange(known, device=device)
         last = torch.where(entered, here, torch.full_like(here, -1)).cummax(0).values
         last = torch.where(last < 0, entered.int().argmax(), last)
@@ -62,18 +63,19 @@ def stretched(
     return tuple(torch.where(seen, own, joined) for own, joined in zip(taken, pooled, strict=True))
 
 
-def _refuse(entered: Tensor, axis: str, length: int) -> None:
+def _refuse(entered: Tensor, axis: str, length: int, used: Tensor | None) -> None:
+    """Refuse an input that has something at a place that no batch has entered."""
     known = entered.shape[0]
-    if length > known:
-        raise ShapeError(
-            f"axis '{axis}' has {length} places, {known} are remembered, "
-            f"and beyond={{'{axis}': 'raise'}} allows no more"
-        )
-    message = f"axis '{axis}' has places within the first {length} that no batch has entered"
+    way_out = f"and beyond={{'{axis}': 'raise'}} allows none; 'last' and 'pooled' do"
+    if used is None and length > known:
+        raise ShapeError(f"axis '{axis}' has {length} places, {known} are remembered, {way_out}")
+    missing = torch.cat([~entered, entered.new_ones(max(length - known, 0))])[:length]
+    missing = missing if used is None else missing & used
+    message = f"axis '{axis}' has places within the first {length} that no batch has entered, {way_out}"
     if being_traced():
-        torch._assert_async(entered[:length].all(), message)
-    elif not entered[:length].all():
-        raise ShapeError(f"{message}, and beyond={{'{axis}': 'raise'}} allows none")
+        torch._assert_async(~missing.any(), message)
+    elif missing.any():
+        raise ShapeError(message)
 
 
 def _pooled(statistics: Sequence[Tensor], names: Sequence[str], entered: Tensor, dim: int) -> list[Tensor]:

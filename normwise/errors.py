@@ -28,7 +28,7 @@ class NonFiniteError(NormwiseError, ArithmeticError):
 
 
 class RecomputeError(NormwiseError, RuntimeError):
-    """A forward that reads its memory is computed again, or mapped, and what it first saw is gone."""
+    """A checkpointed forward that reads its memory is computed again, and what it first saw is gone."""
 
 
 class StudyError(NormwiseError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from normwise.memory import Memory, falls_back
 from normwise.normalizers import Normalizer
+from normwise.whereabouts import Whereabouts
 
 START = {"running_mean": 0.0, "running_var": 1.0, "running_mean_square": 1.0}
 POOL = ("_pool_calls", "_pool_count", "_pool_mean", "_pool_m2", "_pool_columns")  # Entry's, after the calls
@@ -45,11 +47,29 @@ class Holder(nn.Module):
 
     _skips: Tensor | None = None  # `Store.skips`; not a buffer, because torch's layers have none
     _refuses: bool = False  # whether the owner refuses what is being loaded
+    _fed: bool = False  # whether a batch or a checkpoint is known to have entered
 
     @property
     def skipped_batches(self) -> Tensor | None:
         """How many batches did not enter the memory because their statistics were not finite."""
         return None if self._skips is None else self._skips[0]
+
+    def _is_fed(self) -> bool:
+        """Whether a batch or a checkpoint has entered; compiled code cannot say so, but has left its traces."""
+        if not self._fed:
+            kept = {name: buffer for name, buffer in self._buffers.items() if name.startswith("running_")}
+            self._fed = any(b is not None and not is_lazy(b) and (b != START[name]).any() for name, b in kept.items())
+        return self._fed
+
+    def _tell(self) -> None:
+        """Warn, once, of batches that were skipped on a device where nobody waited for them."""
+        skips = self._skips
+        if skips is not None and skips.device.type not in ("cpu", "meta") and skips[0] > 0 and skips[1] == 0:
+            skips[1].add_(1)
+            warnings.warn(
+                f"{Whereabouts(self)}: {int(skips[0])} batches were not finite and did not enter the memory",
+                stacklevel=3,
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move and convert as any module, but keep memory in float32 at least: 1e-8 does not fit in float16."""
@@ -83,6 +103,7 @@ class Holder(nn.Module):
         if self._refuses:
             return
         super()._load_from_state_dict(*args)
+        self._fed = True
         self._widen()
         self._leave_meta()
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,80 +18,15 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from normwise.commit import Store
 from normwise.errors import ShapeError
 from normwise.kernels.reference import Use
-from normwise.memory import Average, Degenerate, Memory, Moving, NonFinite
+from normwise.memory import Average, Degenerate, NonFinite
+from normwise.named import Device, Named, Tracking, torch_memory
 from normwise.norm import Norm
 from normwise.normalizers import RMS, Standardize
 from normwise.plan import Plan
 from normwise.recoveries import Affine, Recovery, Scale
 
-Device = torch.device | str | None
 
-
-class _Named(Norm):
-    """What the named layers share: torch's writable `eps`, and torch's one-line repr with the memory's formula."""
-
-    _shown: ClassVar[tuple[str, ...]]  # the attributes in the repr; those before "eps" stand without their names
-
-    @property
-    def eps(self) -> float | None:
-        """What is added under the root; writable, as in torch's layers."""
-        return cast("Standardize | RMS", self.spec.normalizer).eps
-
-    @eps.setter
-    def eps(self, value: float | None) -> None:
-        normalizer = cast("Standardize", self.spec.normalizer)
-        self.spec = replace(self.spec, normalizer=replace(normalizer, eps=cast("float", value)))
-
-    def extra_repr(self) -> str:
-        """torch's, and the memory's formula."""
-        first = self._shown.index("eps")
-        values = [repr(getattr(self, name)) for name in self._shown[:first]]
-        values += [f"{name}={getattr(self, name)!r}" for name in self._shown[first:]]
-        return ", ".join(values) + self._memory_note()
-
-
-class _Remembering(_Named):
-    """What `BatchNorm` and `InstanceNorm` share: torch's writable `momentum` and `track_running_stats`."""
-
-    _shown = ("num_features", "eps", "momentum", "affine", "track_running_stats")
-
-    num_features: int
-    affine: bool
-    track_running_stats: bool
-
-    @property
-    def momentum(self) -> float | None:
-        """torch's momentum, the weight of the new batch; None: the average of all batches. Writable."""
-        return self._momentum
-
-    @momentum.setter
-    def momentum(self, value: float | None) -> None:
-        self._momentum = value
-        memory = self.spec.memory
-        if memory is not None:
-            self.spec = replace(self.spec, memory=_torch_memory(value, memory.nonfinite, memory.degenerate))
-
-    def _declare(
-        self,
-        pattern: str,
-        num_features: int,
-        eps: float,
-        affine: bool,
-        track_running_stats: bool,
-        memory: Memory,
-        device: Device,
-        dtype: torch.dtype | None,
-    ) -> None:
-        parts = Standardize(eps), Affine("c") if affine else None, memory if track_running_stats else None
-        Norm.__init__(self, pattern, *parts, sizes={"c": num_features}, device=device, dtype=dtype)
-        self.num_features, self.affine, self.track_running_stats = num_features, affine, track_running_stats
-        self._momentum = memory.update_rate
-
-    def _commits(self) -> bool:
-        return self.track_running_stats and super()._commits()
-
-
-class BatchNorm(_Remembering, _BatchNorm):  # type: ignore[misc]  # eps is an attribute in torch, a property here
+class BatchNorm(Tracking, _BatchNorm):  # type: ignore[misc]  # eps is an attribute in torch, a property here
     r"""Batch normalization: `[n] c [...]`, for (n, c), (n, c, l), (n, c, h, w), (n, c, d, h, w) alike.
 
     .. math:: y = \gamma \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} + \beta
@@ -137,11 +70,11 @@ class BatchNorm(_Remembering, _BatchNorm):  # type: ignore[misc]  # eps is an at
         nonfinite: NonFinite = "skip",
         degenerate: Degenerate = "raise",
     ) -> None:
-        memory = _torch_memory(momentum, nonfinite, degenerate)
+        memory = torch_memory(momentum, nonfinite, degenerate)
         self._declare("[n] c [...]", num_features, eps, affine, track_running_stats, memory, device, dtype)
 
 
-class InstanceNorm(_Remembering, _InstanceNorm):  # type: ignore[misc]  # eps is an attribute in torch, a property here
+class InstanceNorm(Tracking, _InstanceNorm):  # type: ignore[misc]  # eps is an attribute in torch, a property here
     r"""Instance normalization: `n c [...]`, for (n, c, l), (n, c, h, w), (n, c, d, h, w) alike.
 
     Each channel of each example is standardized by itself, with the biased variance over its positions. With
@@ -182,7 +115,7 @@ class InstanceNorm(_Remembering, _InstanceNorm):  # type: ignore[misc]  # eps is
         nonfinite: NonFinite = "skip",
         degenerate: Degenerate = "raise",
     ) -> None:
-        memory = _torch_memory(momentum, nonfinite, degenerate)
+        memory = torch_memory(momentum, nonfinite, degenerate)
         self._declare("n c [...]", num_features, eps, affine, track_running_stats, memory, device, dtype)
 
     def _use_of_memory(self, plan: Plan, mask: Tensor | None) -> Use | None:
@@ -194,7 +127,7 @@ class InstanceNorm(_Remembering, _InstanceNorm):  # type: ignore[misc]  # eps is
         return store if isinstance(self.spec.memory, Average) else store._replace(batches=None)
 
 
-class LayerNorm(_Named, nn.LayerNorm):  # type: ignore[misc]  # eps is an attribute in torch, a property here
+class LayerNorm(Named, nn.LayerNorm):  # type: ignore[misc]  # eps is an attribute in torch, a property here
     r"""Layer normalization: `... [d]`, over the last dimension or dimensions.
 
     .. math:: y = \gamma \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} + \beta
@@ -233,7 +166,7 @@ class LayerNorm(_Named, nn.LayerNorm):  # type: ignore[misc]  # eps is an attrib
         self.normalized_shape, self.elementwise_affine = shape, elementwise_affine
 
 
-class RMSNorm(_Named, nn.RMSNorm):
+class RMSNorm(Named, nn.RMSNorm):
     r"""Root mean square normalization: `... [d]`, over the last dimension or dimensions.
 
     .. math:: y = \gamma \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}}
@@ -266,7 +199,7 @@ class RMSNorm(_Named, nn.RMSNorm):
         self.normalized_shape, self.elementwise_affine = shape, elementwise_affine
 
 
-class GroupNorm(_Named, nn.GroupNorm):  # type: ignore[misc]  # eps is an attribute in torch, a property here
+class GroupNorm(Named, nn.GroupNorm):  # type: ignore[misc]  # eps is an attribute in torch, a property here
     r"""Group normalization: `n (g [k]) [...]`, over the channels of each group and all positions.
 
     Args:
@@ -310,7 +243,7 @@ class GroupNorm(_Named, nn.GroupNorm):  # type: ignore[misc]  # eps is an attrib
         self.num_groups, self.num_channels, self.affine = num_groups, num_channels, affine
 
 
-class LayerNorm2d(_Named, nn.LayerNorm):  # type: ignore[misc]  # eps is an attribute in torch, a property here
+class LayerNorm2d(Named, nn.LayerNorm):  # type: ignore[misc]  # eps is an attribute in torch, a property here
     r"""Layer normalization of channels-first tensors: `n [c] ...`, over the channels at each position.
 
     The same as `LayerNorm` with the channels moved last and back, as ConvNeXt does it.
@@ -346,7 +279,7 @@ class LayerNorm2d(_Named, nn.LayerNorm):  # type: ignore[misc]  # eps is an attr
         self.normalized_shape, self.elementwise_affine = (num_channels,), elementwise_affine
 
 
-class RMSNorm2d(_Named, nn.RMSNorm):
+class RMSNorm2d(Named, nn.RMSNorm):
     r"""Root mean square normalization of channels-first tensors: `n [c] ...`, over the channels at each position.
 
     Args:
@@ -374,12 +307,6 @@ class RMSNorm2d(_Named, nn.RMSNorm):
         recovery = _affine("c", elementwise_affine, bias=False)
         Norm.__init__(self, "n [c] ...", RMS(eps), recovery, sizes={"c": num_channels}, device=device, dtype=dtype)
         self.normalized_shape, self.elementwise_affine = (num_channels,), elementwise_affine
-
-
-def _torch_memory(momentum: float | None, nonfinite: NonFinite, degenerate: Degenerate) -> Memory:
-    if momentum is None:
-        return Average("c", nonfinite=nonfinite, degenerate=degenerate)
-    return Moving("c", update_rate=momentum, nonfinite=nonfinite, degenerate=degenerate)
 
 
 def _affine(axes: str, elementwise_affine: bool, bias: bool) -> Recovery | None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from normwise.errors import PatternError, ShapeError
-from normwise.pattern import ELLIPSIS, Pattern, check_known, parse_names
-from normwise.plan import Plan, place
+from normwise.pattern import ELLIPSIS, Pattern, check_known, parse
+from normwise.plan import Plan
 from normwise.transforms import being_traced
 
 Lengths: TypeAlias = Mapping[str, Tensor | Sequence[int]]
@@ -31,7 +31,7 @@ def valid_view(
         pattern: Names the axes.
         plan: Of the input.
         valid: A bool mask over `valid_axes`.
-        valid_axes: For example "n t"; None: the leading dimensions of the input.
+        valid_axes: For example "n t" or "n ..."; None: the leading dimensions of the input.
         lengths: For each named axis how many places count, over the leading dimensions beside it.
         device: Of the input.
 
@@ -40,6 +40,8 @@ def valid_view(
         ShapeError: a mask or lengths that do not fit.
         PatternError: an axis that is not in the pattern.
     """
+    if lengths is not None and not isinstance(lengths, Mapping):
+        raise TypeError(f"lengths is {lengths!r}, and says for each axis how many places count: {{'t': [5, 3]}}")
     masks = [] if valid is None else [_mask(pattern, plan, valid, valid_axes)]
     for name, counts in (lengths or {}).items():
         masks.append(_up_to(pattern, plan, name, torch.as_tensor(counts, device=device)))
@@ -58,27 +60,52 @@ def masked_axes(mask: Tensor, plan: Plan) -> set[str]:
     return {name for name, size in zip(plan.names, mask.shape, strict=True) if size != 1}
 
 
+def used(mask: Tensor, name: str, plan: Plan) -> Tensor:
+    """At which places of an axis anything counts."""
+    own = plan.names.index(name)
+    for dim in range(mask.dim()):
+        if dim != own:
+            mask = mask.any(dim, keepdim=True)
+    return mask.reshape(-1).expand(plan.view[own])
+
+
 def _mask(pattern: Pattern, plan: Plan, valid: Tensor, valid_axes: str | None) -> Tensor:
-    if valid.dtype != torch.bool:
+    if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+        kind = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
         raise TypeError(
-            f"valid is {valid.dtype}, and a mask of what counts is bool: attention_mask.bool(), or ~key_padding_mask"
+            f"valid is {kind}, and a mask of what counts is a bool tensor: attention_mask.bool(), or ~key_padding_mask"
         )
     if valid_axes is None:
-        return _leading(plan, valid, "valid", "; valid_axes='n t' says which axes a mask covers, for example")
-    over = parse_names(valid_axes)
-    names = [name for dim in over for name in dim]
-    check_known(pattern, names, "valid_axes")
-    sizes = tuple(math.prod([plan.size(name) for name in dim]) for dim in over)
+        hint = f"; valid_axes= names the axes that a mask covers, of '{' '.join(pattern.names)}'"
+        return _leading(plan, valid, "valid", hint)
+    if not isinstance(valid_axes, str):
+        raise TypeError(f"valid_axes is {valid_axes!r}, and names axes in one text, as 'n t'")
+    dims = _dims_named(pattern, plan, valid_axes)
+    sizes = tuple(math.prod([plan.view[dim] for dim in group]) for group in dims)
     if tuple(valid.shape) != sizes:
         raise ShapeError(f"valid has shape {tuple(valid.shape)}, but axes '{valid_axes}' have {sizes}: {plan.shape}")
-    return place(valid, over, plan)
+    flat = [dim for group in dims for dim in group]
+    order = sorted(range(len(flat)), key=flat.__getitem__)
+    valid = valid.reshape([plan.view[dim] for dim in flat]).permute(order)
+    return valid.reshape([size if dim in flat else 1 for dim, size in enumerate(plan.view)])
+
+
+def _dims_named(pattern: Pattern, plan: Plan, text: str) -> list[list[int]]:
+    """For each dimension of a mask the view's dimensions that it covers; '...' is as many as in the input."""
+    dims: list[list[int]] = []
+    for axes in parse(text).dims:
+        names = [axis.name for axis in axes]
+        check_known(pattern, names, "valid_axes")
+        found = [dim for dim, name in enumerate(plan.names) if name in names]
+        dims += [[dim] for dim in found] if names == [ELLIPSIS] else [[plan.names.index(name) for name in names]]
+    return dims
 
 
 def _up_to(pattern: Pattern, plan: Plan, name: str, counts: Tensor) -> Tensor:
     """The first places of an axis, as many as `counts` says for each example."""
     check_known(pattern, [name], "lengths")
-    if name == ELLIPSIS:
-        raise PatternError("lengths names '...', which is no single axis", pattern.text)
+    if plan.names.count(name) > 1:
+        raise PatternError(f"lengths names '...', which is {plan.names.count(name)} dimensions here", pattern.text)
     if counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
         raise TypeError(f"lengths of axis '{name}' are {counts.dtype}, and lengths are whole numbers")
     size = plan.size(name)

@@ -151,7 +151,10 @@ class _Declared:
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def _notes(self) -> str:
-        return "".join(f"; beyond {name}: {word}" for name, word in self.beyond)
+        notes = [f"; beyond {name}: {word}" for name, word in self.beyond]
+        policies = [name for name in ("nonfinite", "degenerate") if name in self.__dict__]
+        changed = [name for name in policies if getattr(self, name) != getattr(type(self), name)]
+        return "".join([*notes, *(f"; {name}: {getattr(self, name)}" for name in changed)])
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from normwise.errors import NormwiseError
 from normwise.norm import Norm
+from normwise.remembering import never_trained
 
 
 class Change(AbstractContextManager["Change"]):
@@ -45,8 +46,10 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> Change:
     """Freeze the normalizations of a model: nothing in them moves until `unfreeze`.
 
     A frozen layer uses its remembered statistics in training as in evaluation, and updates none; its parameters take
-    no gradient. `model.train()`, `copy.deepcopy` and loading a checkpoint leave it frozen. A layer without a memory
-    goes on normalizing by its input; only its parameters are frozen.
+    no gradient, and what waits in their `grad` is put aside until they are unfrozen. `model.train()`, `copy.deepcopy`,
+    pickling and loading a checkpoint leave it frozen; a `state_dict` does not carry it. A layer without a memory still
+    normalizes by its input; only its parameters are frozen. Run the backward pass of a checkpointed forward before it
+    is unfrozen.
 
     Args:
         model: A module; every `Norm` in it is frozen.
@@ -65,7 +68,11 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> Change:
     >>> model[1].running_mean
     tensor([0., 0., 0.])
     """
-    return _set_frozen(model, frozen=True, parameters=parameters)
+    before, layers = ExitStack(), _layers(model)
+    for _, layer in layers:
+        layer._freeze(parameters=parameters)
+        before.callback(layer._thaw)
+    return Change(tuple(path for path, _ in layers), before)
 
 
 def unfreeze(model: nn.Module) -> Change:
@@ -81,7 +88,12 @@ def unfreeze(model: nn.Module) -> Change:
     >>> model[1].weight.requires_grad, model[1].frozen
     (True, False)
     """
-    return _set_frozen(model, frozen=False, parameters=True)
+    before, layers = ExitStack(), [(path, layer) for path, layer in _layers(model) if layer.frozen]
+    for _, layer in layers:
+        before.callback(_freeze_again, layer, layer._freezes, parameters=bool(layer._froze))
+        layer._freezes = 1
+        layer._thaw()
+    return Change(tuple(path for path, _ in layers), before)
 
 
 @contextmanager
@@ -100,14 +112,13 @@ def no_update(model: nn.Module) -> Iterator[None]:
     tensor(0)
     """
     layers = [layer for _, layer in _layers(model)]
-    before = [layer._held for layer in layers]
+    for layer in layers:
+        layer._held += 1
     try:
-        for layer in layers:
-            layer._held = True
         yield
     finally:
-        for layer, held in zip(layers, before, strict=True):
-            layer._held = held
+        for layer in layers:
+            layer._held -= 1
 
 
 @contextmanager
@@ -136,8 +147,7 @@ def domain(model: nn.Module, name: str) -> Iterator[None]:
     layers = [(path, layer) for path, layer in _layers(model) if layer.spec.memory is not None]
     for path, layer in layers:
         if name not in layer.domains and (layer.frozen or not layer.training):
-            known = ", ".join(layer.domains) or "none"
-            raise NormwiseError(f"{path}: domain '{name}' was never trained; there are: {known}")
+            raise NormwiseError(f"{path}: {never_trained(name, layer.domains)}")
     before = [layer._domain for _, layer in layers]
     try:
         for _, layer in layers:
@@ -147,6 +157,8 @@ def domain(model: nn.Module, name: str) -> Iterator[None]:
     finally:
         for (_, layer), previous in zip(layers, before, strict=True):
             layer._domain = previous
+            if previous != name:
+                layer._drop_domain(name)
 
 
 @contextmanager
@@ -191,14 +203,9 @@ def accumulate(model: nn.Module, window: int) -> Iterator[None]:
             layer._drop_pool()
 
 
-def _set_frozen(model: nn.Module, *, frozen: bool, parameters: bool) -> Change:
-    before = ExitStack()
-    paths = []
-    for path, layer in _layers(model):
-        before.callback(layer._restore_frozen, layer._frozen_state())
-        layer._set_frozen(frozen, parameters=parameters)
-        paths.append(path)
-    return Change(tuple(paths), before)
+def _freeze_again(layer: Norm, times: int, *, parameters: bool) -> None:
+    layer._freeze(parameters=parameters)
+    layer._freezes = times
 
 
 def _check_accumulation(path: str, layer: Norm) -> None:

@@ -15,6 +15,7 @@ from normwise.transforms import being_traced
 # The sum of 10**10 squares of larger magnitudes may leave the dtype's range; such columns are shrunk by a power of two.
 _LARGE = {torch.float32: 1e14, torch.float64: 1e145}
 _SHRINK = {torch.float32: 2.0**-80, torch.float64: 2.0**-600}
+_SMALL = {dtype: 1 / large for dtype, large in _LARGE.items()}
 
 
 class Moments(NamedTuple):
@@ -86,12 +87,16 @@ class Centered(NamedTuple):
 
     @property
     def column_mean(self) -> Tensor:
-        """The mean of the column itself, not scaled."""
-        mean = self.shift + (self.mean + self.rest)
+        """The mean of the column itself, not scaled, in float64 where there is such a thing.
+
+        A memory may merge it with others, and a large mean that is rounded to float32 would cost them their variance.
+        """
+        dtype = self.shift.dtype if self.shift.device.type == "mps" else torch.float64
+        mean = self.shift.to(dtype) + (self.mean + self.rest)
         return mean if self.scale is None else mean / self.scale
 
 
-def center(x: Tensor, dims: tuple[int, ...], valid: Tensor | None = None) -> Centered:
+def center(x: Tensor, dims: tuple[int, ...], valid: Tensor | None = None, *, enlarge: bool = False) -> Centered:
     """Subtract the mean over `dims` without losing digits, however large it is.
 
     Scale, shift, subtract the mean, subtract the mean of what is left.
@@ -104,8 +109,9 @@ def center(x: Tensor, dims: tuple[int, ...], valid: Tensor | None = None) -> Cen
         x: Where `valid` is False it must be finite, and 0 to be left out of `magnitude_scale`.
         dims: The dimensions that run down a column.
         valid: What counts, a mask that broadcasts against `x`; elsewhere the values are 0. None: everything.
+        enlarge: Whether columns of tiny magnitudes are scaled as well.
     """
-    scale = magnitude_scale(x, dims)
+    scale = magnitude_scale(x, dims, enlarge=enlarge)
     scaled = x if scale is None else x * scale
     shift = _anchor(scaled.detach(), dims, valid)
     count = sample_count(x.shape, dims, valid)
@@ -120,12 +126,17 @@ def center(x: Tensor, dims: tuple[int, ...], valid: Tensor | None = None) -> Cen
 
 def minus(x: Tensor, y: Tensor) -> Tensor:
     """The difference, in the place of `x` where no derivative is recorded: fresh memory costs more than arithmetic."""
-    return x - y if torch.is_grad_enabled() else x.sub_(y)
+    return x - y if _is_watched() else x.sub_(y)
 
 
 def times(x: Tensor, y: Tensor) -> Tensor:
     """The product, in the place of `x` where no derivative is recorded."""
-    return x * y if torch.is_grad_enabled() else x.mul_(y)
+    return x * y if _is_watched() else x.mul_(y)
+
+
+def _is_watched() -> bool:
+    """Whether a value may still be wanted as it was before it is changed in place."""
+    return torch.is_grad_enabled() or being_traced()
 
 
 def only(x: Tensor, valid: Tensor | None) -> Tensor:
@@ -146,17 +157,20 @@ def square_sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return column_sum(x.square(), dims)
 
 
-def magnitude_scale(x: Tensor, dims: tuple[int, ...]) -> Tensor | None:
+def magnitude_scale(x: Tensor, dims: tuple[int, ...], *, enlarge: bool = False) -> Tensor | None:
     """The power of two, for each column, that keeps sums of squares finite: 1 unless magnitudes pass 1e14 (float32).
 
-    None, where the host can see it for nothing: every column's is 1.
+    None, where the host can see it for nothing: every column's is 1. With `enlarge`, columns below 1e-14 are scaled up,
+    so that their squares do not vanish: for a normalization without an eps that would outweigh them.
     """
     x = x.detach()
-    large = torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True)) > _LARGE[x.dtype]
-    if x.device.type == "cpu" and not being_traced() and not large.any():
+    largest = torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True))
+    large, small = largest > _LARGE[x.dtype], largest < (_SMALL[x.dtype] if enlarge else 0)
+    if x.device.type == "cpu" and not being_traced() and not (large | small).any():
         return None
     one = torch.ones((), dtype=x.dtype, device=x.device)
-    return torch.where(large, _SHRINK[x.dtype] * one, one)
+    shrink = _SHRINK[x.dtype]
+    return torch.where(large, shrink * one, torch.where(small, one / shrink, one))
 
 
 def _anchor(x: Tensor, dims: tuple[int, ...], valid: Tensor | None) -> Tensor:

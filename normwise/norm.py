@@ -98,9 +98,10 @@ class Norm(Remembering):
             residual: Added first, of the input's shape; the sum is returned as well: `y, s = norm(x, residual=r)`.
             valid: A bool mask, True where an element counts. Padding never counts, in the batch's statistics or in
                 memory; its value, NaN included, never matters; outputs and gradients there are exactly 0.
-            valid_axes: The axes that `valid` covers, as "n t"; if not said, the leading dimensions of the input.
+            valid_axes: The axes that `valid` covers, as "n t", or "n ..."; if not said, the leading dimensions of the
+                input.
             lengths: How many places of an axis count, for each example: `{"t": torch.tensor([5, 3])}`; also over
-                several axes, and together with `valid`.
+                several axes, and together with `valid`. In compiled code lengths past the end are not refused.
 
         Returns:
             The output; with a residual, the output and the sum, which is `input + residual` everywhere.
@@ -117,6 +118,8 @@ class Norm(Remembering):
         >>> norm(x, lengths={"t": [3, 2]})[1, 2], norm.running_mean
         (tensor([0.]), tensor([3.]))
         """
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input is {type(input).__name__}, not a tensor; a packed sequence is padded first")
         try:
             if residual is not None:
                 input = _added(input, residual)  # noqa: A001 - see above
@@ -145,14 +148,15 @@ class Norm(Remembering):
         return ", ".join(parts) + self._memory_note()
 
     def _memory_note(self) -> str:
-        return "" if self.spec.memory is None else f"; {self.spec.memory.formula()}"
+        note = "" if self.spec.memory is None else f"; {self.spec.memory.formula()}"
+        return note + ("; frozen now" if self.frozen else "")
 
     def _normalize(self, x: Tensor, valid: Tensor | None, valid_axes: str | None, lengths: Lengths | None) -> Tensor:
         wide_dtype(x)
         spec = self.spec
         plan = plan_for(spec.pattern, x.shape, spec.call_sizes)
         mask = None
-        if valid is not None or lengths or valid_axes is not None:
+        if valid is not None or lengths is not None or valid_axes is not None:
             mask = valid_view(spec.pattern, plan, valid, valid_axes, lengths, x.device)
             self._check_mask(mask, plan)
         ghost = None if spec.memory is None else spec.memory.ghost
@@ -167,24 +171,25 @@ class Norm(Remembering):
         plans = [plan_for(self.spec.pattern, part.shape, self.spec.call_sizes) for part in parts]
         for part, part_mask in zip(plans, masks, strict=True):  # before any of them enters
             self._checked_use(part, part_mask)
+        last = [False] * (pieces - 1) + [True]
         with self._all_or_nothing():
-            return torch.cat([self._normalize_one(*piece) for piece in zip(parts, plans, masks, strict=True)])
+            return torch.cat([self._normalize_one(*piece) for piece in zip(parts, plans, masks, last, strict=True)])
 
-    def _normalize_one(self, x: Tensor, plan: Plan, mask: Tensor | None) -> Tensor:
+    def _normalize_one(self, x: Tensor, plan: Plan, mask: Tensor | None, is_last: bool = True) -> Tensor:
         use = self._checked_use(plan, mask)
         if self.spec.unknown:  # only now, so that an input that is refused leaves no sizes behind
             self._materialize_for(plan)
-        spec, commits = self.spec, self._commits() and x.numel() > 0
+        spec, commits = self.spec, self._commits() and use != "instead" and x.numel() > 0
         length = self._length()
         if commits:
             self._grow(plan)
         recalled = None
         if use is not None:
-            recalled = self._recalled(use, plan, wide_dtype(x), lambda: self._fingerprint(x, plan, mask))
+            recalled = self._recalled(use, plan, wide_dtype(x), lambda: self._fingerprint(x, plan, mask), mask)
         parameters = placed(spec.recovery, self._parameters_of_recovery(), spec.parameter_over, plan, x)
         result = run(x, Steps(plan, spec.normalizer, spec.recovery, mask, recalled), parameters)
         if result.moments is not None and commits:
-            self._enter(plan, result.moments, length)
+            self._enter(plan, result.moments, length, is_last=is_last)
         return result.output
 
 

@@ -93,7 +93,7 @@ class Standardize:
         self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype, valid: Tensor | None = None
     ) -> Normalized:
         """(x - mean) / sqrt(var + eps) with the mean and biased variance over `dims`."""
-        centered = center(view, dims, valid)
+        centered = center(view, dims, valid, enlarge=self.eps == 0)
         squares = square_sum(centered.values, dims)
         count = sample_count(view.shape, dims, valid)
         inverse = _inverse_root(_divided(squares, count), self.eps, centered.scale)
@@ -137,7 +137,7 @@ class RMS:
         self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype, valid: Tensor | None = None
     ) -> Normalized:
         """x / sqrt(mean(x^2) + eps) with the mean square over `dims`, returned as moments about 0."""
-        scale = magnitude_scale(view, dims)
+        scale = magnitude_scale(view, dims, enlarge=self.eps == 0)
         scaled = view if scale is None else view * scale
         squares = square_sum(scaled, dims)
         count = sample_count(view.shape, dims, valid)
@@ -190,7 +190,7 @@ class L2:
         self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype, valid: Tensor | None = None
     ) -> Normalized:
         """x / sqrt(sum(x^2) + eps) with the sum over `dims`; the moments are those about 0."""
-        scale = magnitude_scale(view, dims)
+        scale = magnitude_scale(view, dims, enlarge=self.eps == 0)
         scaled = view if scale is None else view * scale
         squares = square_sum(scaled, dims)
         inverse = _inverse_root(squares, self.eps, scale)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from normwise.errors import ShapeError, caret
 from normwise.pattern import ELLIPSIS, Axis, Pattern
+from normwise.transforms import being_traced
 
 Sizes: TypeAlias = tuple[tuple[str, int], ...]
 Over: TypeAlias = tuple[tuple[str, ...], ...]
@@ -75,7 +76,7 @@ cached_plan = lru_cache(maxsize=4096)(make_plan)
 
 def plan_for(pattern: Pattern, shape: torch.Size, sizes: Sizes) -> Plan:
     """`make_plan`, remembered between eager calls; a compiler traces the plain function."""
-    if torch.compiler.is_compiling():
+    if being_traced():
         return make_plan(pattern, tuple(shape), sizes)
     return cached_plan(pattern, tuple(shape), sizes)
 
@@ -194,7 +195,8 @@ def _elsewhere(pattern: Pattern, axis: Axis, size: int, shape: tuple[int, ...]) 
     hint = f" (axis {dims[0]} has {size}: if that is '{axis.name}'"
     if place not in (0, len(others)) and pattern.open_ended:
         return f"{hint}, the pattern must name the axes in that order)"
-    return f"{hint}, use the pattern '{' '.join([*others[:place], _written((axis,)), *others[place:]])}')"
+    text = " ".join([*others[:place], _written((axis,)), *others[place:]])
+    return f"{hint}, declare Norm('{text}', ...), or move it)"
 
 
 def _written(axes: Iterable[Axis]) -> str:

@@ -13,15 +13,16 @@ from torch.nn.parameter import is_lazy
 
 from normwise.commit import Entry, commit, entry, flush, is_unbiased, recall
 from normwise.elastic import stretched
-from normwise.errors import NonFiniteError, PatternError, ShapeError
+from normwise.errors import NonFiniteError, NormwiseError, PatternError, ShapeError
 from normwise.kernels.reference import Recalled, Use, wide_dtype
-from normwise.masks import masked_axes
+from normwise.masks import masked_axes, used
 from normwise.memory import Memory, falls_back, limits
 from normwise.moments import Moments, only
 from normwise.plan import Plan, averaged, gather, place
 from normwise.spec import check_samples
 from normwise.state import Stateful
 from normwise.sums import column_sum
+from normwise.transforms import being_traced
 from normwise.whereabouts import Whereabouts
 
 
@@ -49,13 +50,29 @@ class Remembering(Stateful):
         memory = self.spec.memory
         if memory is None or not self._has_buffers():
             return None
-        if not self._measures() or (memory.degenerate == "memory" and plan.rows < self._least):
+        self._check_domain()
+        if not self._measures() or (falls_back(memory) and plan.rows < self._least):
             return "instead"
         if self.spec.elastic is not None and self._length() == 0 and not self._commits():
             return None  # nothing is remembered yet, and nothing will be
         if mask is not None and falls_back(memory):
             return "fallback"
         return None if memory.renorm is None else "correct"
+
+    def _check_domain(self) -> None:
+        """Refuse to evaluate with a memory that nothing has entered, where there are others.
+
+        Raises:
+            NormwiseError: the domain in use, or without one the layer's own memory, is empty.
+        """
+        if not self.domains or self._measures() or being_traced() or self._holder()._is_fed():
+            return
+        if self._domain is not None:
+            raise NormwiseError(never_trained(self._domain, self.domains))
+        raise NormwiseError(
+            "every batch was of a domain, and none is in use: evaluate within nw.domain(model, ...), one of "
+            f"{', '.join(self.domains)}"
+        )
 
     @property
     def _least(self) -> int:
@@ -71,18 +88,34 @@ class Remembering(Stateful):
         """Who this is, for warnings and errors."""
         return type(self).__name__ if torch.compiler.is_compiling() else Whereabouts(self)
 
-    def _recalled(self, use: Use, plan: Plan, wide: torch.dtype, fingerprint: Callable[[], Tensor]) -> Recalled:
+    def _recalled(
+        self,
+        use: Use,
+        plan: Plan,
+        wide: torch.dtype,
+        fingerprint: Callable[[], Tensor],
+        mask: Tensor | None = None,
+    ) -> Recalled:
         """The memory as this call sees it, shaped to broadcast against the view."""
         spec, store = self.spec, self._store()
         memory = cast("Memory", spec.memory)
         if self._measures():  # it moves while it is read: a recomputed forward must see what the first one saw
-            store = recall(store, fingerprint(), self._owner())
+            store = recall(store, fingerprint(), self._owner(), enters=use != "instead" and self._commits())
         statistics: tuple[Tensor, ...] = store.statistics
+        if not self._measures():  # a batch may move them before the backward pass
+            statistics = tuple(statistic.clone() for statistic in statistics)
         if spec.elastic is not None and self._elastic_dim is not None:
-            batches = store.batches if memory.updates else None
-            length, names = plan.size(spec.elastic), spec.normalizer.remembers
             beyond = "last" if memory.past_end == "raise" and use != "instead" else memory.past_end
-            statistics = stretched(statistics, names, batches, self._elastic_dim, spec.elastic, length, beyond)
+            statistics = stretched(
+                statistics,
+                spec.normalizer.remembers,
+                store.batches if memory.updates else None,
+                self._elastic_dim,
+                spec.elastic,
+                plan.size(spec.elastic),
+                beyond,
+                None if mask is None else used(mask, spec.elastic, plan),
+            )
         shaped = tuple(place(statistic.to(wide), spec.memory_over, plan) for statistic in statistics)
         opened = None
         if use != "instead" and memory.renorm is not None and store.batches is not None:
@@ -90,9 +123,9 @@ class Remembering(Stateful):
         return Recalled(shaped, use, self._least, opened)
 
     def _fingerprint(self, x: Tensor, plan: Plan, mask: Tensor | None) -> Tensor:
-        """Sums that tell this batch from others, over the memory's axes."""
+        """Sums of magnitudes that tell this batch from others, over the memory's axes; plain sums are often all 0."""
         view = only(x.detach().to(wide_dtype(x)).reshape(plan.view), mask)
-        summed = column_sum(view, plan.reduced)
+        summed = column_sum(view.abs(), plan.reduced)
         summed = column_sum(summed, averaged(summed.shape, self.spec.memory_over, plan))
         return self._within(gather(summed, self.spec.memory_over, plan))
 
@@ -101,15 +134,19 @@ class Remembering(Stateful):
         dim = self._elastic_dim
         return statistic if dim is None else statistic.narrow(dim, 0, min(statistic.shape[dim], self._length()))
 
-    def _enter(self, plan: Plan, moments: Moments, length: int) -> None:
-        """Let a batch enter the memory, which for its sake may have grown from `length` places of the elastic axis."""
+    def _enter(self, plan: Plan, moments: Moments, length: int, *, is_last: bool = True) -> None:
+        """Let a batch enter the memory, which for its sake may have grown from `length` places of the elastic axis.
+
+        A part of a batch that is not the last does not count where batches are accumulated.
+        """
+        window = self._window if is_last else 0
         if self._length() == length:
-            self._commit(plan, moments)
+            self._commit(plan, moments, window)
             return
         counts = self._counts()
         before = [count.clone() for count in counts]
         try:
-            self._commit(plan, moments)
+            self._commit(plan, moments, window)
         finally:
             if all(map(torch.equal, counts, before)):  # it did not enter
                 self._resize(length)
@@ -120,8 +157,10 @@ class Remembering(Stateful):
         counts = (buffers["num_batches_tracked"], buffers.get("_pool_count"))
         return [count for count in counts if count is not None]
 
-    def _commit(self, plan: Plan, moments: Moments) -> None:
-        spec = self.spec
+    def _commit(self, plan: Plan, moments: Moments, window: int) -> None:
+        spec, holder = self.spec, self._holder()
+        if not (holder._fed or torch.compiler.is_compiling()):
+            holder._fed = True
         memory = cast("Memory", spec.memory)
         unbiased = is_unbiased(memory, spec.normalizer.remembers)
         batch = entry(moments, spec.memory_over, plan, unbiased=unbiased, least=self._least)
@@ -132,7 +171,7 @@ class Remembering(Stateful):
             Entry(*map(self._within, batch)),
             least=self._least,
             owner=self._owner(),
-            window=self._window,
+            window=window,
             joins=spec.joins_batches,
         )
 
@@ -189,3 +228,9 @@ class Remembering(Stateful):
             for buffer, kept in zip(buffers, before, strict=True):
                 buffer.copy_(kept)
             raise
+
+
+def never_trained(name: str, domains: tuple[str, ...]) -> str:
+    """What is wrong with evaluating in a domain that no batch was of."""
+    known = ", ".join(domain for domain in domains if domain != name)
+    return f"domain '{name}' was never trained; there are: {known or 'none'}"

@@ -33,8 +33,7 @@ class NormSpec:
     pattern: Pattern = field(init=False, repr=False, compare=False)
     parameter_over: Over = field(init=False, repr=False, compare=False)
     memory_over: Over = field(init=False, repr=False, compare=False)
-    fixed: tuple[str, ...] = field(init=False, repr=False, compare=False)  # axes whose sizes calls must agree on
-    unknown: tuple[str, ...] = field(init=False, repr=False, compare=False)  # those whose size is not known yet
+    unknown: tuple[str, ...] = field(init=False, repr=False, compare=False)  # axes that calls must agree on, unsized
     call_sizes: Sizes = field(init=False, repr=False, compare=False)  # what is known of the sizes of a call's input
 
     def __post_init__(self) -> None:
@@ -53,7 +52,6 @@ class NormSpec:
         known = dict(self.sizes)
         axes = dict.fromkeys((*_flat(self.parameter_over), *_flat(self.memory_over)))
         fixed = tuple(name for name in axes if name != self.elastic)
-        object.__setattr__(self, "fixed", fixed)
         object.__setattr__(self, "unknown", tuple(name for name in fixed if name not in known))
         object.__setattr__(self, "call_sizes", tuple(pair for pair in self.sizes if pair[0] != self.elastic))
 
@@ -129,7 +127,7 @@ def checked_sizes(sizes: Iterable[tuple[str, SupportsIndex]]) -> Sizes:
     return tuple(sorted(checked.items()))
 
 
-_WITH_MEMORY = ", evaluation mode, or a memory with degenerate='memory'"
+_WITH_MEMORY = ", evaluation mode, or degenerate='memory' for what evaluation would make of it"
 
 
 def check_samples(pattern: Pattern, plan: Plan, *, remembers: bool) -> None:

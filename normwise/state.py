@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -22,15 +23,15 @@ class Stateful(Holder):
     """The state of a declared normalization; `Norm` adds what is done with it."""
 
     spec: NormSpec
-    frozen: bool
-    _froze: tuple[str, ...]  # parameters that took gradients until they were frozen
-    _held: bool  # within `no_update`
+    _freezes: int  # how often it is frozen
+    _froze: dict[str, Tensor | None]  # parameters that took gradients until they were frozen, and what waited there
+    _held: int  # within how many `no_update`
     _domain: str | None  # within `domain`
     _window: int  # batches of `accumulate`; 0: none
 
     def _register(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """Names for everything; what is not declared is there as None, as in torch's layers."""
-        self.frozen, self._froze, self._held, self._domain, self._window = False, (), False, None, 0
+        self._freezes, self._froze, self._held, self._domain, self._window = 0, {}, 0, None, 0
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         for name in dict.fromkeys(("weight", "bias", *self._starts())):
             self.register_parameter(name, self._new_parameter(options) if name in self._starts() else None)
@@ -39,19 +40,27 @@ class Stateful(Holder):
             self.register_buffer(name, None)
         if memory is not None:
             self._remember(self, memory, device, dtype)
-        self.reset_parameters()
+        self._start()
 
     def reset_parameters(self) -> None:
-        """Start anew: parameters at their first values, memory empty."""
-        self.reset_running_stats()
-        with torch.no_grad():
-            for name, start in self._starts().items():
-                parameter = self._parameters[name]
-                if parameter is not None and not is_lazy(parameter):
-                    parameter.fill_(start)
+        """Start anew: parameters at their first values, memory empty. A frozen layer stays as it is."""
+        if not self.frozen:
+            self._start()
 
     def reset_running_stats(self) -> None:
-        """Forget all batches, of every domain: mean 0, variance 1, none counted."""
+        """Forget all batches, of every domain: mean 0, variance 1, none counted. A frozen layer stays as it is."""
+        if not self.frozen:
+            self._forget()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        self._forget()
+        for name, start in self._starts().items():
+            parameter = self._parameters.get(name)
+            if parameter is not None and not is_lazy(parameter):
+                parameter.fill_(start)
+
+    def _forget(self) -> None:
         for holder in self._holders():
             for name, buffer in holder._buffers.items():
                 if buffer is not None and not is_lazy(buffer):
@@ -60,12 +69,10 @@ class Stateful(Holder):
                 holder._skips.zero_()
 
     def train(self, mode: bool = True) -> Any:
-        """As any module; on leaving training, say which batches were skipped where the host could not see it."""
+        """As any module; on leaving training, say that batches were skipped where the host could not see it."""
         if self.training and not mode:
             for holder in self._holders():
-                skipped = holder.skipped_batches
-                if skipped is not None and skipped.device.type not in ("cpu", "meta") and skipped.any():
-                    warnings.warn(f"{int(skipped)} batches whose statistics were not finite were skipped", stacklevel=2)
+                holder._tell()
         return super().train(mode)
 
     @property
@@ -76,7 +83,7 @@ class Stateful(Holder):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not within the context that the original happens to be in; it stays frozen, though."""
-        return {**super().__getstate__(), "_held": False, "_domain": None, "_window": 0}
+        return {**super().__getstate__(), "_held": 0, "_domain": None, "_window": 0}
 
     def _starts(self) -> Mapping[str, float]:
         return {} if self.spec.recovery is None else self.spec.recovery.parameters
@@ -125,32 +132,29 @@ class Stateful(Holder):
         """The dimension of the memory that is its elastic axis."""
         return None if self.spec.elastic is None else self.spec.memory_over.index((self.spec.elastic,))
 
-    def _frozen_state(self) -> tuple[bool, tuple[str, ...], dict[str, bool]]:
-        """What `_restore_frozen` needs to undo any freezing or unfreezing."""
-        return (
-            self.frozen,
-            self._froze,
-            {name: p.requires_grad for name, p in self._parameters.items() if p is not None},
-        )
+    @property
+    def frozen(self) -> bool:
+        """Whether the layer is frozen: `normwise.freeze`."""
+        return self._freezes > 0
 
-    def _restore_frozen(self, state: tuple[bool, tuple[str, ...], dict[str, bool]]) -> None:
-        self.frozen, self._froze, takes_gradient = state
-        for name, parameter in self._parameters.items():
-            if parameter is not None:
-                parameter.requires_grad = takes_gradient.get(name, True)  # by name: one without a size has no method
+    def _freeze(self, *, parameters: bool) -> None:
+        """Freeze once more; what waits in the gradients of the parameters is put aside, out of an optimizer's way."""
+        self._freezes += 1
+        for name, parameter in self.named_parameters():
+            if parameters and parameter.requires_grad:
+                self._froze[name] = parameter.grad
+                parameter.requires_grad, parameter.grad = False, None
 
-    def _set_frozen(self, frozen: bool, *, parameters: bool) -> None:
-        """Freeze the memory, and the parameters that take gradients; or give back what was frozen."""
-        learning = [name for name, p in self._parameters.items() if p is not None and p.requires_grad]
-        if frozen and parameters:
-            self._froze += tuple(learning)
-        for name in self._froze:
-            parameter = self._parameters[name]
-            if parameter is not None:
-                parameter.requires_grad = not frozen
-                parameter.grad = None
-        self.frozen = frozen
-        self._froze = self._froze if frozen else ()
+    def _thaw(self) -> None:
+        """Undo one freezing; the last one gives the parameters back what they had."""
+        self._freezes = max(self._freezes - 1, 0)
+        if self._freezes > 0:
+            return
+        for name, parameter in self.named_parameters():
+            if name in self._froze:
+                parameter.requires_grad = True
+                parameter.grad = self._froze[name] if parameter.grad is None else parameter.grad
+        self._froze = {}
 
     def _add_domain(self, name: str) -> None:
         """A memory more, empty."""
@@ -170,6 +174,11 @@ class Stateful(Holder):
             if self._window:
                 self._pool_in(holder)
 
+    def _drop_domain(self, name: str) -> None:
+        """Forget a memory that no batch has entered."""
+        if name in self.domains and not self._held_by(name)._is_fed():
+            del cast("nn.Module", self._modules["_domains"])._modules[name]
+
     def _add_pool(self, window: int) -> None:
         for holder in self._holders():
             self._pool_in(holder)
@@ -180,7 +189,7 @@ class Stateful(Holder):
         pool += [Slot(name, "memory", persistent=False) for name in POOL[1:]]
         kept = holder._buffers[f"running_{self.spec.normalizer.remembers[0]}"]
         if kept is not None:
-            self._fill(holder, pool, kept.device, kept.dtype)
+            self._fill(holder, pool, kept.device, kept.dtype if kept.device.type == "mps" else torch.float64)
 
     def _drop_pool(self) -> None:
         for holder in self._holders():
@@ -189,12 +198,25 @@ class Stateful(Holder):
                 holder._non_persistent_buffers_set.discard(name)
         self._window = 0
 
+    @torch.inference_mode(False)
     def _remember(self, holder: Holder, memory: Memory, device: Any, dtype: torch.dtype | None) -> None:
         """Give a module an empty memory."""
         self._fill(holder, buffers_of(self.spec.normalizer, memory), device, dtype)
         if memory.updates:
             holder._skips = torch.zeros(2, dtype=torch.long, device=device)
 
+    def _exchange_memory(self, memory: Memory) -> None:
+        """Declare another memory of the same statistics over the same axes, and make the buffers it needs more."""
+        if self.spec.memory is None:
+            return
+        self.spec = replace(self.spec, memory=memory)
+        for holder in self._holders():
+            kept = holder._buffers[f"running_{self.spec.normalizer.remembers[0]}"]
+            missing = [slot for slot in buffers_of(self.spec.normalizer, memory) if slot.name not in holder._buffers]
+            if kept is not None:
+                self._fill(holder, missing, kept.device, kept.dtype)
+
+    @torch.inference_mode(False)
     def _fill(self, holder: Holder, buffers: list[Slot], device: Any, dtype: torch.dtype | None) -> None:
         """Register buffers at their start."""
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
@@ -233,6 +255,7 @@ class Stateful(Holder):
             raise ShapeError(f"the size of axis '{empty}' cannot be found from an empty input of shape {plan.shape}")
         self._materialize(sizes)
 
+    @torch.inference_mode(False)
     def _materialize(self, sizes: Mapping[str, int]) -> None:
         self.spec = self.spec.with_sizes(sizes)
         for name in self._starts():
@@ -241,10 +264,11 @@ class Stateful(Holder):
             for buffer in holder._buffers.values():
                 if isinstance(buffer, UninitializedBuffer):
                     buffer.materialize(self._memory_shape())
-        self.reset_parameters()
+        self._start()
 
+    @torch.inference_mode(False)
     def _resize(self, length: int) -> None:
-        """Remember another number of places of the elastic axis; what is remembered stays."""
+        """Remember another number of places of the elastic axis, in the same buffers; what is remembered stays."""
         dim = self._elastic_dim
         for holder in self._holders():
             for name, buffer in holder._buffers.items():
@@ -257,7 +281,7 @@ class Stateful(Holder):
                 resized = buffer.new_full(shape, START.get(name, 0.0))
                 both = min(length, buffer.shape[at])
                 resized.narrow(at, 0, both).copy_(buffer.narrow(at, 0, both))
-                holder._buffers[name] = resized
+                buffer.set_(resized)  # type: ignore[call-overload]  # its stubs know storages only
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """As `Module` does it, but what has no size yet is saved as it is, because it cannot be detached."""
@@ -328,8 +352,12 @@ def _refusal(state_dict: Mapping[str, Any], prefix: str, remembered: Mapping[str
 
 def _unusable(key: str, tensor: Tensor) -> str:
     """Why a remembered statistic cannot be used, or nothing."""
-    if key.endswith("running_mean") or tensor.is_meta or is_lazy(tensor) or not (tensor < 0).any():
+    if "running_" not in key or tensor.is_meta or is_lazy(tensor):
         return ""
-    place = (tensor < 0).nonzero()[0].tolist()
+    wrong = ~tensor.isfinite() if key.endswith("running_mean") else ~(tensor.isfinite() & (tensor >= 0))
+    if not wrong.any():
+        return ""
+    place = wrong.nonzero()[0].tolist()
     at = place[0] if len(place) == 1 else tuple(place)
-    return f"{key} is negative in channel {at}: {tensor[tuple(place)].item():g}"
+    value = tensor[tuple(place)].item()
+    return f"{key} is {'negative' if value < 0 and value > -math.inf else 'not finite'} in channel {at}: {value:g}"

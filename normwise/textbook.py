@@ -88,7 +88,7 @@ def batch_norm(
         if matrix.shape[0] < 2:
             raise TooFewSamplesError(f"one sample has no variance: X of shape {tuple(X.shape)} in training")
         normalized, _, moments = Standardize(eps).normalize(matrix, (0,), X.dtype)
-        mean = momentum * mean + (1 - momentum) * moments.mean.reshape(mean.shape)
+        mean = momentum * mean + (1 - momentum) * moments.mean.to(mean.dtype).reshape(mean.shape)
         var = momentum * var + (1 - momentum) * moments.variance().reshape(var.shape)
     else:
         remembered = (mean.to(wide).reshape(1, columns), var.to(wide).reshape(1, columns))

@@ -6,9 +6,11 @@ import torch
 
 
 def being_traced() -> bool:
-    """Whether a compiler, functorch or forward-mode differentiation follows the operations themselves."""
+    """Whether a compiler, a tracer, functorch or forward-mode differentiation follows the operations themselves."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )

@@ -6,6 +6,9 @@ import sys
 
 from torch import nn
 
+# How modules are called. No other frame is looked into: the look would keep a training loop's tensors alive with it.
+_CALLS = ("forward", "_call_impl", "_wrapped_call_impl")
+
 
 class Whereabouts:
     """A layer, whose `str` is its path in the outermost module that is running; its class where it runs alone."""
@@ -25,9 +28,10 @@ def path_of(layer: nn.Module) -> str:
     callers: list[nn.Module] = []
     frame = sys._getframe(1)
     while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, nn.Module) and caller not in callers:
-            callers.append(caller)
+        if frame.f_code.co_name in _CALLS:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, nn.Module) and caller not in callers:
+                callers.append(caller)
         frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
     for caller in reversed(callers):
         for path, module in caller.named_modules():

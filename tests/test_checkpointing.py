@@ -162,6 +162,7 @@ def test_still_layers_in_a_domain_are_computed_again_with_its_memory(
     still: Callable[[nn.Module], nn.Module], reentrant: bool
 ) -> None:
     plain = block()
+    plain(torch.randn(8, 3))
     with nw.domain(plain, "night"):
         plain(torch.randn(8, 3) * 4 + 2)
     still(plain)

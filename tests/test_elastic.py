@@ -211,11 +211,12 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "longer": (
         lambda: _trained(RAISE, 3).eval()(torch.zeros(2, 5, 3)),
-        "axis 't' has 5 places, 3 are remembered, and beyond={'t': 'raise'} allows no more",
+        "axis 't' has 5 places, 3 are remembered, and beyond={'t': 'raise'} allows none; 'last' and 'pooled' do",
     ),
     "not entered": (
         lambda: _trained(RAISE, 3, t=6).eval()(torch.zeros(2, 5, 3)),
-        "axis 't' has places within the first 5 that no batch has entered, and beyond={'t': 'raise'} allows none",
+        "axis 't' has places within the first 5 that no batch has entered, "
+        "and beyond={'t': 'raise'} allows none; 'last' and 'pooled' do",
     ),
     "an axis that is not remembered": (
         lambda: Norm("[n] t c", memory=Moving("c", decay=0.9, beyond=LAST)),

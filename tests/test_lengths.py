@@ -69,14 +69,15 @@ REFUSED: dict[str, tuple[Norm, dict[str, object], type[Exception], str]] = {
         Norm("[n t] c"),
         {"valid": torch.ones(4, 3)},
         TypeError,
-        "valid is torch.float32, and a mask of what counts is bool: attention_mask.bool(), or ~key_padding_mask",
+        "valid is torch.float32, and a mask of what counts is a bool tensor: "
+        "attention_mask.bool(), or ~key_padding_mask",
     ),
     "another shape": (
         Norm("[n t] c"),
         {"valid": torch.ones(4, 5, dtype=torch.bool)},
         ShapeError,
         "valid: shape (4, 5), but the input begins with (4, 3): (4, 3, 5); "
-        "valid_axes='n t' says which axes a mask covers, for example",
+        "valid_axes= names the axes that a mask covers, of 'n t c'",
     ),
     "another order": (
         Norm("[n t] c"),
@@ -106,7 +107,7 @@ REFUSED: dict[str, tuple[Norm, dict[str, object], type[Exception], str]] = {
         Norm("[n] ..."),
         {"lengths": {"...": [1, 2, 3, 0]}},
         PatternError,
-        "lengths names '...', which is no single axis\n  [n] ...",
+        "lengths names '...', which is 2 dimensions here\n  [n] ...",
     ),
     "too long": (
         Norm("[n t] c"),

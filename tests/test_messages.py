@@ -189,7 +189,7 @@ DECLARATIONS: dict[str, Message] = {
     "a momentum that is not a number": (
         lambda: BatchNorm(3, momentum=float("nan")),
         ValueError,
-        ("update_rate is a weight between 0 and 1, not nan",),
+        ("momentum is the weight of the new batch, between 0 and 1, or None, not nan",),
     ),
     "groups that do not divide": (
         lambda: GroupNorm(4, 6),
@@ -224,7 +224,7 @@ INPUTS: dict[str, Message] = {
         ShapeError,
         (
             "axis 'c' has size 36, but dimension 1 has 2048 "
-            "(axis 2 has 36: if that is 'c', use the pattern '[n] [...] c'): shape (2, 2048, 36)",
+            "(axis 2 has 36: if that is 'c', declare Norm('[n] [...] c', ...), or move it): shape (2, 2048, 36)",
             "  [n] c [...]",
             "      ^",
         ),
@@ -281,7 +281,8 @@ INPUTS: dict[str, Message] = {
         TooFewSamplesError,
         (
             "shape (1, 3) leaves 1 sample a column of '[n] c [...]' (over n, ...), "
-            "and one sample has no variance: use a larger batch, evaluation mode, or a memory with degenerate='memory'",
+            "and one sample has no variance: use a larger batch, evaluation mode, "
+            "or degenerate='memory' for what evaluation would make of it",
         ),
     ),
     "a batch of one that nobody remembers": (
@@ -305,7 +306,8 @@ INPUTS: dict[str, Message] = {
         TooFewSamplesError,
         (
             "shape (2, 3, 1, 1) leaves 1 sample a column of 'n c [...]' (over ...), "
-            "and one sample has no variance: use larger maps, evaluation mode, or a memory with degenerate='memory'",
+            "and one sample has no variance: use larger maps, evaluation mode, "
+            "or degenerate='memory' for what evaluation would make of it",
         ),
     ),
     "a group of one": (
@@ -342,7 +344,8 @@ FUNCTIONS: dict[str, Message] = {
         TooFewSamplesError,
         (
             "shape (1, 3) leaves 1 sample a column of '[n] c [...]' (over n, ...), "
-            "and one sample has no variance: use a larger batch, evaluation mode, or a memory with degenerate='memory'",
+            "and one sample has no variance: use a larger batch, evaluation mode, "
+            "or degenerate='memory' for what evaluation would make of it",
         ),
     ),
     "no dimensions": (

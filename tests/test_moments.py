@@ -93,7 +93,7 @@ def test_squares_stay_finite_and_scaling_is_exact(magnitude: float) -> None:
 def test_a_constant_column_is_centered_to_exact_zeros(value: float) -> None:
     centered = center(torch.full((777, 3), value), (0,))
     assert not centered.values.any()
-    check(centered.column_mean, torch.full((1, 3), value), DOUBLE)
+    check(centered.column_mean, torch.full((1, 3), value).double(), DOUBLE)
 
 
 @pytest.mark.parametrize("shape", [(1000, 2), (2, 1000)])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import normwise as nw
-from normwise import RMS, Affine, BatchNorm, Moving, Norm, RecomputeError, Renorm, Standardize
+from normwise import RMS, Affine, BatchNorm, Moving, Norm, NormwiseError, Renorm, Standardize
 from normwise.memory import limits
 from tests.test_memory import bits
 from tests.tolerances import COMPILED, DOUBLE, VALUES, check
@@ -219,9 +219,12 @@ def test_a_jacobian_holds_r_and_d_constant_and_moves_the_memory_once(transform: 
 def test_mapping_over_it_is_refused_and_moves_nothing() -> None:
     layer = renormalized()
     before = bits(layer)
-    with pytest.raises(RecomputeError) as caught:
+    with pytest.raises(NormwiseError) as caught:
         torch.func.vmap(layer)(torch.randn(5, 8, 4))
-    assert str(caught.value) == "Norm: a layer that reads its memory in training cannot be mapped: use a loop"
+    assert str(caught.value) == (
+        "Norm: in a loop each example would read the memory after the one before has entered it, which a mapped call "
+        "cannot: use a loop, or evaluation mode"
+    )
     assert bits(layer) == before
 
 

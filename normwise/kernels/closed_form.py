@@ -40,7 +40,7 @@ def run(x: Tensor, steps: Steps, parameters: Parameters = ()) -> Result:
 
 def _known(steps: Steps) -> bool:
     recalled = steps.recalled
-    if recalled is not None and (recalled.use == "fallback" or any(s.requires_grad for s in recalled.statistics)):
+    if recalled is not None and any(statistic.requires_grad for statistic in recalled.statistics):
         return False
     return type(steps.normalizer) in _NORMALIZERS and type(steps.recovery) in _RECOVERIES
 
@@ -59,7 +59,8 @@ class _Saved(NamedTuple):
     steps: Steps
     line: Line
     correction: tuple[Tensor, Tensor] | None
-    measured: bool  # whether the line depends on the input
+    enough: Tensor | None  # in which columns the line depends on the input; None: in all or none
+    measured: bool  # whether it does in any
 
 
 class _ClosedForm(torch.autograd.Function):
@@ -76,8 +77,9 @@ class _ClosedForm(torch.autograd.Function):
         ctx: Any, steps: Steps, x: Tensor, weight: Tensor | float | None, bias: Tensor | float | None
     ) -> tuple[Tensor, Any, Tensor | None, Tensor | None]:
         result = four_steps(x, steps, _given(weight, bias))
-        line = cast("Line", result.line)  # `_known` has seen that there is a single one
-        _save(ctx, _Saved(x, weight, bias, steps, line, result.correction, result.moments is not None))
+        line = cast("Line", result.line)  # `run` has seen that there is something to normalize
+        measured = result.moments is not None
+        _save(ctx, _Saved(x, weight, bias, steps, line, result.correction, result.enough, measured))
         moments = result.moments or (None, None, None)
         ctx.mark_non_differentiable(*(m for m in moments if isinstance(m, Tensor)))
         return result.output, *moments
@@ -117,13 +119,13 @@ def _in_closed_form(saved: _Saved, d_output: Tensor, wanted: Sequence[bool]) -> 
             if factor is not None:
                 d_values = d_values * factor
         if saved.measured:
-            d_values = _through_statistics(d_values, values, steps)
+            d_values = d_values - only(_through_statistics(d_values, values, steps), saved.enough)
         d_x = only(line.slope * d_values, valid).to(saved.x.dtype).reshape(plan.shape)
     return d_x, d_weight, d_bias
 
 
 def _through_statistics(d_values: Tensor, values: Tensor, steps: Steps) -> Tensor:
-    """What is left of a gradient when what moves the column's statistics is taken out."""
+    """The part of a gradient that would only move the column's statistics."""
     dims = steps.plan.reduced
     count = sample_count(values.shape, dims, steps.valid)
     if isinstance(count, Tensor):
@@ -131,8 +133,8 @@ def _through_statistics(d_values: Tensor, values: Tensor, steps: Steps) -> Tenso
     kind = type(steps.normalizer)
     along = values * (column_sum(d_values * values, dims) / (count if kind in _AVERAGES else 1))
     if kind in _CENTERS:
-        d_values = d_values - column_sum(d_values, dims) / count
-    return d_values - along
+        along = along + column_sum(d_values, dims) / count
+    return along
 
 
 def _sum_to(x: Tensor, parameter: Tensor | float | None) -> Tensor:
@@ -150,7 +152,8 @@ def _save(ctx: Any, saved: _Saved) -> None:
     steps, line = saved.steps, saved.line
     parameters = [p if isinstance(p, Tensor) else None for p in (saved.weight, saved.bias)]
     statistics = () if steps.recalled is None else steps.recalled.statistics
-    single = (saved.x, *parameters, steps.valid, line.scale, line.inverse, *(saved.correction or (None, None)))
+    of_line = (line.scale, line.inverse, *(saved.correction or (None, None)), saved.enough)
+    single = (saved.x, *parameters, steps.valid, *of_line)
     ctx.save_for_backward(*single, *line.offsets, *statistics)
     recalled = None if steps.recalled is None else steps.recalled._replace(statistics=())
     ctx.steps, ctx.offsets = steps._replace(valid=None, recalled=recalled), len(line.offsets)
@@ -159,11 +162,11 @@ def _save(ctx: Any, saved: _Saved) -> None:
 
 
 def _load(ctx: Any) -> _Saved:
-    x, weight, bias, valid, scale, inverse, r, d, *rest = ctx.saved_tensors
+    x, weight, bias, valid, scale, inverse, r, d, enough, *rest = ctx.saved_tensors
     weight, bias = (n if p is None else p for p, n in zip((weight, bias), ctx.numbers, strict=True))
     line = Line(scale, tuple(rest[: ctx.offsets]), inverse)
     recalled = ctx.steps.recalled
     if recalled is not None:
         recalled = recalled._replace(statistics=tuple(rest[ctx.offsets :]))
     steps = ctx.steps._replace(valid=valid, recalled=recalled)
-    return _Saved(x, weight, bias, steps, line, None if r is None else (r, d), ctx.measured)
+    return _Saved(x, weight, bias, steps, line, None if r is None else (r, d), enough, ctx.measured)

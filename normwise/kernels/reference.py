@@ -7,6 +7,7 @@ Every other kernel is checked against this one, and this one against torch.nn an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -49,8 +50,9 @@ class Result(NamedTuple):
 
     output: Tensor
     moments: Moments | None
-    line: Line | None  # None where there is no single one
+    line: Line | None  # None where there is nothing to normalize
     correction: tuple[Tensor, Tensor] | None = None  # r and d
+    enough: Tensor | None = None  # which columns were normalized with the batch's statistics; None: all or none
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -104,14 +106,32 @@ def _normalize(view: Tensor, steps: Steps, dtype: torch.dtype) -> tuple[Tensor, 
     result = Result(values, moments, line)
     if recalled is None or remembered is None:
         return values, result
-    enough = torch.as_tensor(moments.count, device=view.device) >= recalled.least
+    enough = torch.zeros_like(moments.mean) + moments.count >= recalled.least
     if recalled.limits is not None:
         r, d = _correction(line, moments, remembered, recalled.limits)
-        d = torch.where(enough, d, torch.zeros_like(d))
+        r, d = torch.where(enough, r, torch.ones_like(r)), torch.where(enough, d, torch.zeros_like(d))
         values, result = values * r + d, result._replace(correction=(r, d))
     if recalled.use == "fallback":
-        values, result = torch.where(enough, values, remembered.values(view, valid)), result._replace(line=None)
+        line = _where(enough, line, remembered)
+        values, result = line.values(view, valid), result._replace(line=line, enough=enough)
+        if result.correction is not None:
+            r, d = result.correction
+            values = values * r + d
     return values, result
+
+
+def _where(condition: Tensor, a: Line, b: Line) -> Line:
+    """The one line where the condition holds, the other elsewhere."""
+    one, none = torch.ones_like(a.inverse), torch.zeros_like(a.inverse)
+    scale = None
+    if a.scale is not None or b.scale is not None:
+        scale = torch.where(condition, one if a.scale is None else a.scale, one if b.scale is None else b.scale)
+    offsets = zip_longest(a.offsets, b.offsets, fillvalue=none)
+    return Line(
+        scale,
+        tuple(torch.where(condition, of_a, of_b) for of_a, of_b in offsets),
+        torch.where(condition, a.inverse, b.inverse),
+    )
 
 
 def _correction(line: Line, moments: Moments, remembered: Line, limits: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -122,4 +142,4 @@ def _correction(line: Line, moments: Moments, remembered: Line, limits: tuple[Te
     distance = moments.mean
     for offset in remembered.offsets:
         distance = distance - offset
-    return r, (distance * slope).clamp(-d_max, d_max)
+    return r, (distance * slope).clamp(-d_max, d_max).to(r.dtype)
