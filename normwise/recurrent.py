@@ -45,7 +45,7 @@ from normwise.moments import only
 from normwise.norm import Norm
 from normwise.plan import plan_for
 from normwise.recoveries import Affine, Scale
-from normwise.recurrent_cells import CELLS, Cell, Recurrence, State, scan
+from normwise.recurrent_cells import CELLS, Cell, Recurrence, State, can_scan_rows, scan, scan_rows
 from normwise.scan import TIME, Rows, Scan, check_scannable, has_time
 from normwise.spec import NormSpec
 from normwise.transforms import being_traced
@@ -169,14 +169,25 @@ class _Recurrent(nn.RNNBase):
 
     def _run_one(self, suffix: str, x: Tensor, state: State, alive: Tensor | None) -> tuple[Tensor, State]:
         """One layer in one direction."""
-        cell = CELLS[self.mode]
-        input_norm, hidden_norm, *cell_norm = self._norms_of(suffix)
-        bias, hidden_bias = self._biases(suffix, cell)
-        gates = _norm_all(input_norm, F.linear(x, getattr(self, f"weight_ih_{suffix}")), bias, alive)
-        places = [_scan_of(hidden_norm, gates, alive)]
-        places += [_scan_of(norm, gates[..., : self.hidden_size], alive) for norm in cell_norm]
-        recurrence = Recurrence(cell, places[0], places[-1], alive, suffix.endswith("_reverse"))
-        output, *last = scan(recurrence, gates, getattr(self, f"weight_hh_{suffix}"), hidden_bias, *state)
+        cell, norms = CELLS[self.mode], self._norms_of(suffix)
+        of_input, of_hidden = (getattr(self, f"weight_{name}_{suffix}") for name in ("ih", "hh"))
+        biases = self._biases(suffix, cell)
+        recurrence = Recurrence(cell, alive, suffix.endswith("_reverse"))
+        if not has_time(norms[0].spec):
+            widths = (len(of_input), len(of_hidden), self.hidden_size)
+            rows = [Rows(norm, (x.shape[1], width), x) for norm, width in zip(norms, widths, strict=False)]
+            if can_scan_rows(rows, x, of_input, of_hidden, *state):
+                output, *last = scan_rows(recurrence, rows, biases, x, of_input, of_hidden, *state)
+                return output, tuple(last)
+        gates = _norm_all(norms[0], F.linear(x, of_input), biases[0], alive)
+        places = [_scan_of(norms[1], gates, alive)]
+        places += [_scan_of(norm, gates[..., : self.hidden_size], alive) for norm in norms[2:]]
+
+        def hidden_gates(step: int, h: Tensor) -> Tensor:
+            hidden = places[0](step, F.linear(h, of_hidden))
+            return hidden if biases[1] is None else hidden + biases[1]
+
+        output, *last = scan(recurrence, gates, hidden_gates, places[-1], *state)
         for place in places:
             place.close()
         return output, tuple(last)
@@ -343,8 +354,9 @@ def _norm_all(norm: Norm, gates: Tensor, bias: Tensor | None, alive: Tensor | No
     """All steps at once, (t, n, gates), and the bias; where features alone are normalized, every step is a row."""
     if not has_time(norm.spec):
         rows = gates.flatten(0, 1)
-        return Rows(norm, (len(rows), rows.shape[1]), rows, bias)(0, rows).reshape(gates.shape)
-    normalized: Tensor = norm(gates.transpose(0, 1), valid=None if alive is None else alive.T).transpose(0, 1)
+        normalized = Rows(norm, (len(rows), rows.shape[1]), rows)(0, rows).reshape(gates.shape)
+    else:
+        normalized = norm(gates.transpose(0, 1), valid=None if alive is None else alive.T).transpose(0, 1)
     return normalized if bias is None else normalized + bias
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,10 +17,8 @@ from normwise.normalizers import Standardize
 from normwise.plan import Plan, plan_for
 from normwise.recoveries import Affine, Scale
 from normwise.spec import NormSpec
-from normwise.transforms import being_traced
 
 TIME = "t"  # what a pattern calls the axis
-_BLOCK = 1 << 15  # elements of a block: 256 KiB of float64
 
 
 def has_time(spec: NormSpec) -> bool:
@@ -155,117 +153,48 @@ class Scan:
         return recalled._replace(statistics=at)
 
 
-Kept: TypeAlias = tuple[Tensor, ...]  # what a derivative needs
-Parameters64: TypeAlias = tuple[Tensor | None, Tensor | None]  # weight and bias in float64
-
-
 class Rows:
     """Calls a layer that normalizes features alone, and remembers nothing, on one step's rows after another's.
-
-    What the calls have in common is done once. On the CPU, rows of float32 or less are standardized in float64 by
-    torch's own operator: right to the last digit whatever their mean or magnitude, in a tenth of the operations that
-    float32 needs for it.
 
     Args:
         norm: The layer.
         shape: Of each step: (n, c).
         like: A tensor with the input's dtype and device.
-        bias: Added to what a layer without a bias of its own returns. None: nothing is.
     """
 
-    def __init__(self, norm: Norm, shape: tuple[int, int], like: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, norm: Norm, shape: tuple[int, int], like: Tensor) -> None:
         spec = norm.spec
         plan = plan_for(spec.pattern, torch.Size(shape), spec.call_sizes)
         self._steps = Steps(plan, spec.normalizer, spec.recovery)
         self._given = placed(spec.recovery, norm._parameters_of_recovery(), spec.parameter_over, plan, like)
-        self.parameters: Parameters64 | None = None  # None: float64 is not used
-        self._bias = bias
-        if _fits_double(self._steps, like):
-            wide = [torch.as_tensor(parameter, dtype=torch.float64) for parameter in self._given]
-            weight, own, *_ = (*(parameter.expand(1, shape[1]).squeeze(0) for parameter in wide), None, None)
-            self.parameters = (weight, own if bias is None else bias.double())
 
     def __call__(self, place: int, x: Tensor) -> Tensor:
         """Normalize the rows of a step: (n, c)."""
-        if self.parameters is None:
-            normalized = run(x, self._steps, self._given).output
-            return normalized if self._bias is None else normalized + self._bias
-        output: Tensor = _InDouble.apply(self, x, *self.parameters)  # type: ignore[no-untyped-call]
-        return output
+        return run(x, self._steps, self._given).output
 
-    def measure(self, x: Tensor) -> tuple[Tensor, Kept]:
-        """The normalized rows, and what `differentiate` needs."""
-        eps = cast("Standardize", self._steps.normalizer).eps
-        weight, bias = cast("Parameters64", self.parameters)
-        output, mean, inverse = torch.native_layer_norm(x.double(), x.shape[-1:], weight, bias, eps)
-        return output.to(x.dtype), (x, mean, inverse)
+    @property
+    def eps(self) -> float | None:
+        """Of the standardization that this is, where `kernels.rows` can do it; None: it is something else."""
+        plan, normalizer = self._steps.plan, self._steps.normalizer
+        whole = plan.view == plan.shape and plan.reduced == (1,)
+        known = type(normalizer) is Standardize and type(self._steps.recovery) in (Affine, Scale, type(None))
+        return normalizer.eps or None if whole and known and isinstance(normalizer, Standardize) else None
 
-    def differentiate(self, kept: Kept, d_output: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The gradients of the rows, and of the parameters in float64."""
-        (x, mean, inverse), (weight, bias) = kept, cast("Parameters64", self.parameters)
-        wanted = [True, weight is not None, bias is not None]
-        d_x, *d_parameters = torch.ops.aten.native_layer_norm_backward.default(
-            d_output.double(), x.double(), x.shape[-1:], mean, inverse, weight, bias, wanted
-        )
-        return d_x.to(x.dtype), *d_parameters
+    @property
+    def parameters(self) -> tuple[Tensor | None, Tensor | None]:
+        """The recovery's weight and bias, (c,) each; None: there is none."""
+        features = self._steps.plan.shape[-1]
+        weight, bias, *_ = (*(torch.as_tensor(given).expand(1, features)[0] for given in self._given), None, None)
+        return weight, bias
 
-    def define(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
-        """The same in operations that can be differentiated any number of times."""
-        *own, bias = parameters if self._bias is not None else (*parameters, None)
-        defined = four_steps(x, self._steps, [parameter for parameter in own if parameter is not None]).output
+    def define(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The same with these parameters, in operations that can be differentiated any number of times."""
+        defined = four_steps(x, self._steps._replace(recovery=None)).output
+        defined = defined if weight is None else defined * weight
         return defined if bias is None else defined + bias
 
     def close(self) -> None:
         """Nothing was remembered."""
-
-
-def _fits_double(steps: Steps, like: Tensor) -> bool:
-    """Whether float64 can be used: fast on a CPU only, right for narrower input, and torch's operator needs an eps."""
-    plan, normalizer = steps.plan, steps.normalizer
-    return (
-        like.device.type == "cpu"
-        and like.dtype != torch.float64
-        and not being_traced()
-        and plan.view == plan.shape
-        and plan.reduced == (1,)
-        and type(normalizer) is Standardize
-        and normalizer.eps > 0
-        and type(steps.recovery) in (Affine, Scale, type(None))
-    )
-
-
-class _InDouble(torch.autograd.Function):
-    """`Rows` on many rows, block by block, so that what is wide stays in the cache."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Rows, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        ctx.rows = rows
-        output, numbers = torch.empty_like(x), []
-        for block, normalized in zip(_blocks(x), _blocks(output), strict=True):
-            values, (_, *kept) = rows.measure(block)
-            normalized.copy_(values)
-            numbers += kept
-        ctx.save_for_backward(x, weight, bias, *numbers)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, *numbers = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return None, *derivatives(ctx.rows.define, (x, weight, bias), (d_output,), ctx.needs_input_grad[1:])
-        parts = zip(_blocks(x), numbers[::2], numbers[1::2], _blocks(d_output), strict=True)
-        found = [ctx.rows.differentiate(kept, d_block) for *kept, d_block in parts]
-        d_x, d_weight, d_bias = zip(*found, strict=True)
-        return None, torch.cat(d_x), total(d_weight), total(d_bias)
-
-
-def _blocks(x: Tensor) -> Any:
-    return torch.split(x, max(1, _BLOCK // x.shape[-1]))
-
-
-def total(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """The sum of gradients; None if there are none."""
-    return None if not parts or parts[0] is None else torch.stack(cast("list[Tensor]", parts)).sum(0)
 
 
 def derivatives(

@@ -385,6 +385,30 @@ def test_large_products_are_normalized_right() -> None:
     check(output.double()[1], (expected[1] + wide.bias_ih_l0 + wide.bias_hh_l0 + hidden).tanh(), EXACT)
 
 
+@KINDS
+@pytest.mark.parametrize("lengths", [None, torch.tensor([40, 3, 20])], ids=["full", "lengths"])
+def test_gradients_through_large_products_of_a_long_sequence(kind: type, lengths: Tensor | None) -> None:
+    narrow = randomized(kind(3, 16, bidirectional=True, norm=LAYER))
+    with torch.no_grad():
+        for place in ("ih_l0", "hh_l0", "ih_l0_reverse", "hh_l0_reverse"):
+            getattr(narrow, f"weight_{place}").add_(10.0)
+    wide = copy.deepcopy(narrow).double()
+    x, cotangent = torch.randn(40, 3, 3), torch.randn(40, 3, 32)
+    found = []
+    for layer in (narrow, wide):
+        output, _ = layer(x.to(layer.weight_ih_l0.dtype), lengths=lengths)
+        leaves = [p for name, p in layer.named_parameters() if not name.startswith("weight")]
+        found.append([output, *torch.autograd.grad(output, leaves, cotangent.to(output.dtype))])
+    for ours, exact in zip(*found, strict=True):
+        size = exact.detach().abs().max().clamp_min(1)
+        check(ours.double() / size, exact / size, GRADIENTS)
+
+
+def test_an_empty_batch() -> None:
+    output, (h, c) = LSTM(3, 5, norm=LAYER)(torch.zeros(6, 0, 3))
+    assert [tuple(part.shape) for part in (output, h, c)] == [(6, 0, 5), (1, 0, 5), (1, 0, 5)]
+
+
 def test_checkpointing_commits_once() -> None:
     plain = LSTM(3, 5, 2, bidirectional=True, norm=PER_STEP)
     x, cotangent = torch.randn(6, 4, 3), torch.randn(6, 4, 10)
