@@ -5,7 +5,6 @@ The loops go over `torch` modules step by step: two `nn.Linear` and three `nn.La
 does meets all of them; printed are medians in milliseconds.
 
     python benchmarks/recurrent.py
-    python benchmarks/recurrent.py --compiled
 """
 
 from __future__ import annotations
@@ -93,18 +92,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compiled", action="store_true", help="compile what can be compiled into one graph; minutes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.compiled:
-        torch._dynamo.config.allow_rnn = True
     columns = {}
     for size, batch in SIZES:
         x, cotangent = torch.randn(STEPS, batch, size), torch.randn(STEPS, batch, size)
         compared = models(size)
-        if options.compiled:
-            kept = list(compared)[:3]
-            compared = {name: torch.compile(compared[name], fullgraph=True) for name in kept}
         rounds = [[milliseconds(m, x, cotangent) for m in compared.values()] for _ in range(options.rounds + 1)]
         columns[f"{size}, batch {batch}"] = [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
     print(f"{f'hidden, {STEPS} steps':24}" + "".join(f"{head:>16}" for head in columns))
