@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -109,7 +108,7 @@ class Scan:
         use = norm._checked_use(self._plan, mask)
         if spec.unknown:
             norm._materialize_for(self._plan)
-        self._commits, self._length = norm._commits(), norm._length()
+        self._commits, self._length = norm._commits() and use != "instead", norm._length()
         if self._commits:
             norm._grow(self._plan)
         self._steps = Steps(self._one, spec.normalizer, spec.recovery)
@@ -117,8 +116,8 @@ class Scan:
         self._recalled: Recalled | None = None
         if use is not None:
             wide = wide_dtype(like)
-            total = like.detach().to(wide).sum().expand(norm._memory_shape())
-            self._recalled = norm._recalled(use, self._plan, wide, lambda: norm._within(total))
+            total = like.detach().to(wide).abs().sum().expand(norm._memory_shape())
+            self._recalled = norm._recalled(use, self._plan, wide, lambda: norm._within(total), mask)
 
     def __call__(self, place: int, x: Tensor) -> Tensor:
         """Normalize the input at one place: (n, c)."""
@@ -195,13 +194,3 @@ class Rows:
 
     def close(self) -> None:
         """Nothing was remembered."""
-
-
-def derivatives(
-    definition: Callable[..., Any], inputs: Sequence[Tensor | None], d_outputs: Sequence[Tensor], wanted: Sequence[bool]
-) -> Iterator[Tensor | None]:
-    """Differentiable gradients: those that autograd makes of a definition."""
-    outputs = definition(*inputs)
-    chosen = [cast("Tensor", x) for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
-    found = iter(torch.autograd.grad(outputs, chosen, d_outputs, create_graph=True))
-    return (next(found) if is_wanted else None for is_wanted in wanted)

@@ -40,3 +40,25 @@ def test_step_by_step_is_one_call(norm: Norm, alive: Tensor | None, training: bo
     assert torch.equal(*grads)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, stepwise.state_dict()[name])
+
+
+def test_a_batch_of_one_sequence_does_not_lengthen_the_memory() -> None:
+    """It has no variance, so the memory stands in for it, as in one call."""
+    norm = Norm("[n] t c", memory=Moving("t c", decay=0.5, beyond={"t": "last"}))
+    norm(torch.randn(8, 3, 4) * 3 + 2)
+    x, whole = torch.randn(1, 5, 4), copy.deepcopy(norm)
+    scan = Scan(norm, "t", (1, 5, 4), x)
+    y = torch.stack([scan(place, x[:, place]) for place in range(5)], 1)
+    scan.close()
+    assert torch.equal(y, whole(x))
+    assert norm.num_batches_tracked.tolist() == whole.num_batches_tracked.tolist() == [1, 1, 1]
+
+
+def test_padding_past_the_remembered_steps_is_not_refused() -> None:
+    norm = Norm("[n] t c", memory=Moving("t c", decay=0.5, beyond={"t": "raise"}))
+    norm(torch.randn(8, 3, 4))
+    norm.eval()
+    x, alive = torch.randn(2, 5, 4), torch.arange(5) < torch.tensor([[3], [2]])
+    scan = Scan(norm, "t", (2, 5, 4), x, alive)
+    y = torch.stack([scan(place, x[:, place]) for place in range(5)], 1)
+    assert torch.equal(y, norm(x, lengths={"t": [3, 2]}))
