@@ -1,7 +1,8 @@
 """torch.nn.functional's normalizations, signature for signature, by normwise's four steps.
 
 Each equals its namesake in torch, with normwise's statistics: right for large means and magnitudes, exactly 0 for a
-constant column. `momentum` is torch's: the weight of the new batch.
+constant column. `momentum` is torch's: the weight of the new batch. A batch that is not finite does not move the
+running statistics; a warning says so.
 """
 
 from __future__ import annotations

@@ -137,14 +137,7 @@ class RMS:
         self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype, valid: Tensor | None = None
     ) -> Normalized:
         """x / sqrt(mean(x^2) + eps) with the mean square over `dims`, returned as moments about 0."""
-        scale = magnitude_scale(view, dims, enlarge=self.eps == 0)
-        scaled = view if scale is None else view * scale
-        squares = square_sum(scaled, dims)
-        count = sample_count(view.shape, dims, valid)
-        inverse = _inverse_root(_divided(squares, count), self._eps(dtype), scale)
-        about = squares.detach() * 0  # 0, or nan where the column itself is not finite
-        moments = Moments(count, about, _unscaled(squares.detach(), scale))
-        return Normalized(scaled * inverse, Line(scale, (), inverse), moments)
+        return _by_root(view, dims, valid, self._eps(dtype), averages=True)
 
     def recall(self, remembered: tuple[Tensor, ...], dtype: torch.dtype) -> Line:
         """x / sqrt(mean(x^2) + eps) with a remembered mean square."""
@@ -189,14 +182,8 @@ class L2:
     def normalize(
         self, view: Tensor, dims: tuple[int, ...], dtype: torch.dtype, valid: Tensor | None = None
     ) -> Normalized:
-        """x / sqrt(sum(x^2) + eps) with the sum over `dims`; the moments are those about 0."""
-        scale = magnitude_scale(view, dims, enlarge=self.eps == 0)
-        scaled = view if scale is None else view * scale
-        squares = square_sum(scaled, dims)
-        inverse = _inverse_root(squares, self.eps, scale)
-        about = torch.zeros_like(squares).detach()
-        moments = Moments(sample_count(view.shape, dims, valid), about, _unscaled(squares.detach(), scale))
-        return Normalized(scaled * inverse, Line(scale, (), inverse), moments)
+        """x / sqrt(sum(x^2) + eps) with the sum over `dims`, returned as moments about 0."""
+        return _by_root(view, dims, valid, self.eps, averages=False)
 
     def recall(self, remembered: tuple[Tensor, ...], dtype: torch.dtype) -> Line:
         """Refuse: nothing is remembered, and a memory cannot be declared.
@@ -209,6 +196,18 @@ class L2:
     def formula(self) -> str:
         """The formula with its numbers."""
         return f"x / sqrt(sum(x^2) + {self.eps})"
+
+
+def _by_root(view: Tensor, dims: tuple[int, ...], valid: Tensor | None, eps: float, *, averages: bool) -> Normalized:
+    """x / sqrt(squares + eps), with the mean of the squares, or their sum."""
+    scale = magnitude_scale(view, dims, enlarge=eps == 0)
+    scaled = view if scale is None else view * scale
+    squares = square_sum(scaled, dims)
+    count = sample_count(view.shape, dims, valid)
+    inverse = _inverse_root(_divided(squares, count) if averages else squares, eps, scale)
+    about = squares.detach() * 0  # 0, or nan where the column itself is not finite
+    moments = Moments(count, about, _unscaled(squares.detach(), scale))
+    return Normalized(scaled * inverse, Line(scale, (), inverse), moments)
 
 
 def _check_eps(eps: float) -> None:

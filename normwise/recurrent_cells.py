@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from normwise.kernels.rows import Derivative, Standardized, are_safe, linear, recovered, standardize, torchs
 from normwise.moments import only
-from normwise.scan import Rows, derivatives
-from normwise.transforms import being_traced
+from normwise.scan import Rows
+from normwise.transforms import being_traced, derivatives
 
 Item = TypeVar("Item")
 State: TypeAlias = tuple[Tensor, ...]  # (h,), or (h, c); h comes first

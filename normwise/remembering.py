@@ -101,9 +101,9 @@ class Remembering(Stateful):
         memory = cast("Memory", spec.memory)
         if self._measures():  # it moves while it is read: a recomputed forward must see what the first one saw
             store = recall(store, fingerprint(), self._owner(), enters=use != "instead" and self._commits())
-        statistics: tuple[Tensor, ...] = store.statistics
-        if not self._measures():  # a batch may move them before the backward pass
-            statistics = tuple(statistic.clone() for statistic in statistics)
+            statistics: tuple[Tensor, ...] = store.statistics
+        else:  # a batch may move them before the backward pass
+            statistics = tuple(statistic.clone() for statistic in store.statistics)
         if spec.elastic is not None and self._elastic_dim is not None:
             beyond = "last" if memory.past_end == "raise" and use != "instead" else memory.past_end
             statistics = stretched(

@@ -1,8 +1,12 @@
-"""What looks on while a layer runs: a compiler, a function transform, a recomputation."""
+"""What looks on while a layer runs: a compiler, a function transform, a recomputation, a second derivative."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 
 def being_traced() -> bool:
@@ -19,3 +23,13 @@ def being_traced() -> bool:
 def recomputing() -> bool:
     """Whether this runs inside of a backward pass, as a checkpointed forward does when it is run again."""
     return torch._C._current_graph_task_id() != -1
+
+
+def derivatives(
+    definition: Callable[..., Any], inputs: Sequence[Any], d_outputs: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Differentiable gradients: those that autograd makes of a definition, for the inputs that want one."""
+    outputs = definition(*inputs)
+    chosen = [x for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
+    found = iter(torch.autograd.grad(outputs, chosen, d_outputs, create_graph=True))
+    return tuple(next(found) if is_wanted else None for is_wanted in wanted)

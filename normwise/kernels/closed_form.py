@@ -7,7 +7,7 @@ there anyway, and a few numbers a column.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from normwise.moments import Moments, only, sample_count
 from normwise.normalizers import L2, RMS, Line, Normalizer, Standardize
 from normwise.recoveries import Affine, Recovery, Scale
 from normwise.sums import column_sum
-from normwise.transforms import being_traced
+from normwise.transforms import being_traced, derivatives
 
 # The normalizers whose derivative this is; those that subtract a mean, and divide a sum of squares by the count; the
 # recoveries that it knows.
@@ -85,25 +85,22 @@ class _ClosedForm(torch.autograd.Function):
         return result.output, *moments
 
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor, *_: None) -> tuple[None, Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, d_output: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         saved, (_, *wanted) = _load(ctx), ctx.needs_input_grad
         differentiate = _by_definition if torch.is_grad_enabled() else _in_closed_form
         return None, *differentiate(saved, d_output, wanted)
 
 
-Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-def _by_definition(saved: _Saved, d_output: Tensor, wanted: Sequence[bool]) -> Gradients:
+def _by_definition(saved: _Saved, d_output: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """Differentiable gradients: those that autograd makes of the definition."""
-    inputs = (saved.x, saved.weight, saved.bias)
-    output = four_steps(saved.x, saved.steps, _given(saved.weight, saved.bias)).output
-    chosen = [x for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
-    found = iter(torch.autograd.grad(output, chosen, d_output, create_graph=True))  # type: ignore[arg-type]
-    return tuple(next(found) if is_wanted else None for is_wanted in wanted)  # type: ignore[return-value]
+
+    def defined(x: Tensor, weight: Tensor | float | None, bias: Tensor | float | None) -> Tensor:
+        return four_steps(x, saved.steps, _given(weight, bias)).output
+
+    return derivatives(defined, (saved.x, saved.weight, saved.bias), (d_output,), wanted)
 
 
-def _in_closed_form(saved: _Saved, d_output: Tensor, wanted: Sequence[bool]) -> Gradients:
+def _in_closed_form(saved: _Saved, d_output: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
     steps, line = saved.steps, saved.line
     plan, valid, wide = steps.plan, steps.valid, line.inverse.dtype
     values = line.values(only(saved.x.to(wide).reshape(plan.view), valid), valid)
