@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,41 +12,24 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-import normwise as nw
-from normwise import RMS, Affine, Average, Moving, Norm, Renorm, Scale
+from normwise import RMS, Affine, Average, Moving, Norm, Scale
 from normwise.recurrent import GRU, LSTM, RNN
-from tests.tolerances import COMPILED, DOUBLE, EXACT, GRADIENTS, MEMORY, VALUES, check
-
-TWINS = {RNN: nn.RNN, LSTM: nn.LSTM, GRU: nn.GRU}
-KINDS = pytest.mark.parametrize("kind", TWINS, ids=lambda kind: kind.__name__)
-LAYER = Norm("... [c]", recovery=Affine("c"))
-PER_STEP = Norm("[n] t c", recovery=Affine("c"), memory=Moving("t c", decay=0.9, beyond={"t": "last"}))
-SHARED = Norm("[n] t c", recovery=Affine("c"), memory=Moving("c", decay=0.9))
-NORMS = {"layer": LAYER, "per step": PER_STEP, "shared": SHARED}
-EVERY_NORM = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
-LENGTHS = torch.tensor([6, 2, 4, 5])
-
-
-def states(hidden: Any) -> tuple[Tensor, ...]:
-    return hidden if isinstance(hidden, tuple) else (hidden,)
-
-
-def randomized(layer: nn.Module) -> Any:
-    for parameter in layer.parameters():
-        nn.init.uniform_(parameter, -0.7, 0.7)
-    return layer
-
-
-def trained(layer: nn.Module) -> Any:
-    """Random parameters, and a batch in the memories."""
-    randomized(layer)(torch.randn(6, 8, 3))
-    return layer.eval()
-
-
-def same(actual: Any, expected: Any) -> None:
-    for ours, theirs in zip((actual[0], *states(actual[1])), (expected[0], *states(expected[1])), strict=True):
-        assert torch.equal(ours, theirs)
-
+from tests.recurrent_nets import (
+    EVERY_NORM,
+    KINDS,
+    LAYER,
+    LENGTHS,
+    NORMS,
+    PER_STEP,
+    SHARED,
+    TWINS,
+    randomized,
+    same,
+    standardized,
+    states,
+    trained,
+)
+from tests.tolerances import COMPILED, DOUBLE, GRADIENTS, MEMORY, VALUES, check
 
 # Without a norm
 
@@ -93,11 +75,6 @@ def test_device_and_dtype_may_come_by_position() -> None:
 
 
 # The formulas
-
-
-def standardized(x: Tensor, dim: int) -> Tensor:
-    x = x - x.mean(dim, keepdim=True)
-    return x / (x.square().mean(dim, keepdim=True) + 1e-5).sqrt()
 
 
 def by_formula(layer: Any, x: Tensor, dim: int, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -331,79 +308,6 @@ def test_beyond_the_end_the_last_steps_statistics_are_used() -> None:
     check(output[6], (given + layer.bias_ih_l0 + hidden + layer.bias_hh_l0).tanh(), VALUES)
 
 
-# Derivatives
-
-
-@KINDS
-@EVERY_NORM
-@pytest.mark.parametrize("lengths", [None, torch.tensor([3, 2, 3])], ids=["full", "lengths"])
-def test_derivatives(kind: type, norm: Norm, lengths: Tensor | None) -> None:
-    layer = randomized(kind(2, 2, bidirectional=True, norm=norm, dtype=torch.float64))
-    layer(torch.randn(3, 4, 2, dtype=torch.float64))
-    parameters = dict(layer.named_parameters())
-
-    def run(x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        given = dict(zip(parameters, values, strict=True))
-        with nw.no_update(layer):
-            output, last = torch.func.functional_call(layer, given, (x,), {"lengths": lengths})
-        return output, *states(last)
-
-    inputs = [torch.randn(3, 3, 2, dtype=torch.float64), *(p.detach() for p in parameters.values())]
-    torch.autograd.gradcheck(run, [x.requires_grad_() for x in inputs], fast_mode=True)
-
-
-@KINDS
-@pytest.mark.parametrize("lengths", [None, torch.tensor([3, 2])], ids=["full", "lengths"])
-def test_the_derivative_by_hand_and_its_derivative_are_those_of_the_definition(
-    kind: type, lengths: Tensor | None
-) -> None:
-    narrow = randomized(kind(3, 8, 2, bidirectional=True, norm=LAYER))
-    wide = copy.deepcopy(narrow).double()
-    x, cotangent, second = torch.randn(3, 2, 3), torch.randn(3, 2, 16), torch.randn(3, 2, 3)
-    found = []
-    for layer in (narrow, wide):
-        leaf = x.to(layer.weight_ih_l0.dtype).requires_grad_()
-        output, _ = layer(leaf, lengths=lengths)
-        (grad,) = torch.autograd.grad(output, leaf, cotangent.to(leaf.dtype), create_graph=True)
-        leaves = [leaf, layer.weight_hh_l0, layer.norms["hh_l0"].weight]
-        found.append([grad, *torch.autograd.grad(grad, leaves, second.to(leaf.dtype))])
-    for ours, exact in zip(*found, strict=True):
-        check(ours.double(), exact, GRADIENTS)
-
-
-def test_large_products_are_normalized_right() -> None:
-    layer = RNN(3, 512, norm=LAYER)
-    with torch.no_grad():
-        layer.weight_ih_l0.add_(1e5)
-    x = torch.randn(2, 4, 3)
-    output, _ = layer(x)
-    wide = copy.deepcopy(layer).double()
-    products = (x @ layer.weight_ih_l0.T).double()
-    expected = standardized(products, -1)
-    check(nw.LayerNorm(512)(products.float()).double(), expected, EXACT)
-    hidden = standardized(output.double()[0] @ wide.weight_hh_l0.T, -1)
-    check(output.double()[1], (expected[1] + wide.bias_ih_l0 + wide.bias_hh_l0 + hidden).tanh(), EXACT)
-
-
-@KINDS
-@pytest.mark.parametrize("lengths", [None, torch.tensor([40, 3, 20])], ids=["full", "lengths"])
-def test_gradients_through_large_products_of_a_long_sequence(kind: type, lengths: Tensor | None) -> None:
-    narrow = randomized(kind(3, 16, bidirectional=True, norm=LAYER))
-    with torch.no_grad():
-        for place in ("ih_l0", "hh_l0", "ih_l0_reverse", "hh_l0_reverse"):
-            getattr(narrow, f"weight_{place}").add_(10.0)
-    wide = copy.deepcopy(narrow).double()
-    x, cotangent = torch.randn(40, 3, 3), torch.randn(40, 3, 32)
-    found = []
-    for layer in (narrow, wide):
-        output, _ = layer(x.to(layer.weight_ih_l0.dtype), lengths=lengths)
-        leaves = [p for name, p in layer.named_parameters() if not name.startswith("weight")]
-        found.append([output, *torch.autograd.grad(output, leaves, cotangent.to(output.dtype))])
-    for ours, exact in zip(*found, strict=True):
-        size = exact.detach().abs().max().clamp_min(1)
-        check(ours.double() / size, exact / size, GRADIENTS)
-
-
 def test_an_empty_batch() -> None:
     output, (h, c) = LSTM(3, 5, norm=LAYER)(torch.zeros(6, 0, 3))
     assert [tuple(part.shape) for part in (output, h, c)] == [(6, 0, 5), (1, 0, 5), (1, 0, 5)]
@@ -455,115 +359,6 @@ def test_one_graph() -> None:
     check(outputs[1], outputs[0], COMPILED)
     for ours, eager in zip(*grads, strict=True):
         check(ours, eager, COMPILED)
-
-
-# Refusals
-
-
-REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "no norm": (lambda: LSTM(3, 5, norm="layer"), TypeError, "norm is 'layer', which is not an nw.Norm"),
-    "projection": (
-        lambda: LSTM(3, 5, proj_size=2, norm=LAYER),
-        nw.NormwiseError,
-        "an LSTM with proj_size=2 cannot be normalized: leave out proj_size or norm",
-    ),
-    "another name for time": (
-        lambda: GRU(3, 5, norm=Norm("[n] s c")),
-        nw.PatternError,
-        "norm normalizes features alone, as '... [c]', or its three axes are batch, time and features, and time is "
-        "called 't', as in '[n] t c'\n  [n] s c",
-    ),
-    "over time": (
-        lambda: GRU(3, 5, norm=Norm("[n t] c")),
-        nw.PatternError,
-        "a step cannot be normalized with the steps after it: one memory for all steps is '[n] t c' with "
-        "Moving('c', ...)\n  [n t] c\n     ^",
-    ),
-    "another order": (
-        lambda: GRU(3, 5, norm=Norm("t [n] c")),
-        nw.PatternError,
-        "norm's three axes are batch, time and features, as in '[n] t c'\n  t [n] c\n  ^",
-    ),
-    "sized": (
-        lambda: GRU(3, 5, norm=Norm("... [c]", c=5)),
-        nw.ShapeError,
-        "norm is made for places of different widths, so leave out c=5",
-    ),
-    "parameters of steps": (
-        lambda: GRU(3, 5, norm=Norm("[n] t c", recovery=Affine("t c"), t=6)),
-        nw.PatternError,
-        "norm has the same parameters at every step, so none over 't'\n  [n] t c\n      ^",
-    ),
-    "ghost batches": (
-        lambda: GRU(3, 5, norm=Norm("[n] t c", memory=Moving("c", decay=0.9, ghost=4))),
-        nw.NormwiseError,
-        "norm is computed step by step, which ghost= cannot be: leave it out of Moving('c', update_rate=0.1, ghost=4)",
-    ),
-    "batch renormalization": (
-        lambda: GRU(3, 5, norm=Norm("[n] t c", memory=Moving("c", decay=0.9, renorm=Renorm()))),
-        nw.NormwiseError,
-        "norm is computed step by step, which renorm= cannot be: leave it out of ",
-    ),
-    "a memory of examples": (
-        lambda: GRU(3, 5, norm=Norm("n t [c]", memory=Moving("n", decay=0.9))),
-        nw.PatternError,
-        "norm remembers time steps and features, and not 'n'\n  n t [c]\n  ^",
-    ),
-    "no length": (
-        lambda: GRU(3, 5, norm=Norm("[n] t c", memory=Moving("t c", decay=0.9))),
-        nw.PatternError,
-        "a memory for each time step says how many there are, t=50, or what is beyond the last, "
-        "beyond={'t': 'last'}\n  [n] t c\n      ^",
-    ),
-    "lengths beside packed": (
-        lambda: GRU(3, 5)(pack_padded_sequence(torch.zeros(6, 1, 3), torch.tensor([6])), lengths=torch.tensor([6])),
-        nw.ShapeError,
-        "a packed input brings its lengths: leave out lengths=",
-    ),
-    "lengths of one sequence": (
-        lambda: GRU(3, 5)(torch.zeros(6, 3), lengths=torch.tensor([6])),
-        nw.ShapeError,
-        "lengths are for a batch of sequences, and the input has shape (6, 3)",
-    ),
-    "too few lengths": (
-        lambda: GRU(3, 5)(torch.zeros(6, 4, 3), lengths=torch.tensor([6])),
-        nw.ShapeError,
-        "lengths has shape (1,), and there are 4 sequences",
-    ),
-    "a length too long": (
-        lambda: GRU(3, 5)(torch.zeros(6, 2, 3), lengths=torch.tensor([6, 7])),
-        nw.ShapeError,
-        "a length of 7: lengths are from 1 to the input's 6 steps",
-    ),
-    "no step at all": (
-        lambda: GRU(3, 5, norm=LAYER)(torch.zeros(6, 2, 3), lengths=torch.tensor([6, 0])),
-        nw.ShapeError,
-        "a length of 0: lengths are from 1 to the input's 6 steps",
-    ),
-    "lengths that are no whole numbers": (
-        lambda: GRU(3, 5)(torch.zeros(6, 1, 3), lengths=torch.tensor([6.0])),
-        TypeError,
-        "lengths is a tensor of whole numbers, not tensor([6.])",
-    ),
-    "another rank": (
-        lambda: GRU(3, 5, norm=LAYER)(torch.zeros(6, 2, 3, 1)),
-        nw.ShapeError,
-        "the input has 2 or 3 dimensions, not 4: shape (6, 2, 3, 1)",
-    ),
-    "one sequence has no variance": (
-        lambda: nn.Sequential(GRU(3, 5, norm=SHARED))(torch.zeros(6, 1, 3)),
-        nw.TooFewSamplesError,
-        "0.norms.ih_l0: shape (1, 6, 15) leaves 1 sample a column of '[n] t c' (over n), and one sample has no "
-        "variance: use a larger batch, evaluation mode",
-    ),
-}
-
-
-@pytest.mark.parametrize(("make", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_refusals(make: Callable[[], Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error) as caught:
-        make()
-    assert str(caught.value).startswith(message)
 
 
 def test_an_average_goes_along_with_lengths() -> None:
