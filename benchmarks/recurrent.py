@@ -2,7 +2,7 @@
 
 The loops go over `torch` modules step by step: two `nn.Linear` and three `nn.LayerNorm` (what `nw.LSTM` computes), or
 `nn.LSTMCell` and one `nn.LayerNorm` on the hidden state (less than that). All take turns, so that what else the machine
-does meets all of them; printed are medians in milliseconds.
+does meets all of them; printed are medians in milliseconds. First the net is checked against the loop in float64.
 
     python benchmarks/recurrent.py
 """
@@ -10,6 +10,7 @@ does meets all of them; printed are medians in milliseconds.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 import normwise as nw
-from normwise.recurrent import LSTM
 
 STEPS = 64
 SIZES = ((128, 16), (256, 32), (512, 64))  # hidden and input, batch
@@ -70,12 +70,40 @@ def models(size: int) -> dict[str, nn.Module]:
     layer = nw.Norm("... [c]", recovery=nw.Affine("c"))
     per_step = nw.Norm("[n] t c", recovery=nw.Affine("c"), memory=nw.Moving("t c", decay=0.9, beyond={"t": "last"}))
     return {
-        "nw.LSTM, layer norm": LSTM(size, size, norm=layer),
+        "nw.LSTM, layer norm": nw.LSTM(size, size, norm=layer),
         "loop, three LayerNorm": ThreeNorms(size),
         "loop, LSTMCell + one": OneNorm(size),
-        "nw.LSTM, batch norm": LSTM(size, size, norm=per_step),
+        "nw.LSTM, batch norm": nw.LSTM(size, size, norm=per_step),
         "nn.LSTM, no norm": nn.LSTM(size, size),
     }
+
+
+@torch.no_grad()
+def same_parameters(lstm: nn.LSTM, loop: ThreeNorms) -> None:
+    """Give the loop the net's parameters."""
+    loop.of_input.weight.copy_(lstm.weight_ih_l0)
+    loop.of_hidden.weight.copy_(lstm.weight_hh_l0)
+    loop.of_input.bias.zero_()
+    loop.input_norm.bias.copy_(lstm.bias_ih_l0)
+    loop.hidden_norm.bias.copy_(lstm.bias_hh_l0)
+
+
+def results(model: nn.Module, weight: Tensor, x: Tensor, cotangent: Tensor) -> list[Tensor]:
+    """Outputs, and the gradients of the input and of the weight of the hidden state."""
+    leaf = x.clone().requires_grad_()
+    output = model(leaf)[0]
+    return [output, *torch.autograd.grad(output, (leaf, weight), cotangent)]
+
+
+def check(lstm: nn.LSTM, loop: ThreeNorms, x: Tensor, cotangent: Tensor) -> None:
+    """Refuse to time a net that is not the loop: 8 steps, after which float32 is still within 1e-4 of float64."""
+    same_parameters(lstm, loop)
+    wide = copy.deepcopy(loop).double()
+    exact = results(wide, wide.of_hidden.weight, x[:8].double(), cotangent[:8].double())
+    for found, wanted in zip(results(lstm, lstm.weight_hh_l0, x[:8], cotangent[:8]), exact, strict=True):
+        error = ((found - wanted).abs().max() / wanted.abs().max()).item()
+        if not error < 1e-4:
+            raise SystemExit(f"nw.LSTM is off by {error:.1e} of the largest value: nothing is timed")
 
 
 def milliseconds(model: nn.Module, x: Tensor, cotangent: Tensor) -> float:
@@ -98,6 +126,7 @@ def main() -> None:
     for size, batch in SIZES:
         x, cotangent = torch.randn(STEPS, batch, size), torch.randn(STEPS, batch, size)
         compared = models(size)
+        check(compared["nw.LSTM, layer norm"], compared["loop, three LayerNorm"], x, cotangent)
         rounds = [[milliseconds(m, x, cotangent) for m in compared.values()] for _ in range(options.rounds + 1)]
         columns[f"{size}, batch {batch}"] = [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
     print(f"{f'hidden, {STEPS} steps':24}" + "".join(f"{head:>16}" for head in columns))
