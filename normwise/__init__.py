@@ -13,6 +13,7 @@ from normwise.errors import (
     RecomputeError,
     ShapeError,
     StudyError,
+    SurgeryError,
     TooFewSamplesError,
 )
 from normwise.layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, LayerNorm2d, RMSNorm, RMSNorm2d
@@ -20,8 +21,12 @@ from normwise.memory import Average, Frozen, Moving, Renorm
 from normwise.modes import accumulate, domain, freeze, no_update, unfreeze
 from normwise.norm import Norm
 from normwise.normalizers import L2, RMS, Standardize
-from normwise.recoveries import Affine, Scale
+from normwise.record import Record
+from normwise.recoveries import Affine, OffsetScale, Scale
 from normwise.recurrent import GRU, LSTM, RNN
+from normwise.surgery.adopt import adopt, release
+from normwise.surgery.converters import register_converter
+from normwise.surgery.find import find
 
 if TYPE_CHECKING:
     from normwise.study import Study, tune
@@ -47,22 +52,29 @@ __all__ = [
     "NonFiniteError",
     "Norm",
     "NormwiseError",
+    "OffsetScale",
     "PatternError",
     "RMSNorm",
     "RMSNorm2d",
     "RecomputeError",
+    "Record",
     "Renorm",
     "Scale",
     "ShapeError",
     "Standardize",
     "Study",
     "StudyError",
+    "SurgeryError",
     "TooFewSamplesError",
     "accumulate",
+    "adopt",
     "domain",
+    "find",
     "freeze",
     "functional",
     "no_update",
+    "register_converter",
+    "release",
     "textbook",
     "tune",
     "unfreeze",

@@ -35,6 +35,10 @@ class StudyError(NormwiseError, ValueError):
     """A study that cannot be run as asked: an unknown name, a factory that raises, data that cannot be used."""
 
 
+class SurgeryError(NormwiseError, ValueError):
+    """An operation on a model that cannot be done, or whose proof failed; the model is as it was."""
+
+
 class MissingExtraError(NormwiseError, ImportError):
     """A part of normwise whose optional dependency is not installed."""
 

@@ -69,3 +69,27 @@ class Scale:
     def formula(self) -> str:
         """The formula."""
         return "weight * x"
+
+
+@dataclass(frozen=True)
+class OffsetScale:
+    """(1 + weight) * x, one weight (from 0) for each element of the named axes, so that weight decay draws it to 1.
+
+    Also called a zero-centered gain, or a scale with unit offset.
+
+    Args:
+        over: The axes, as for `Affine`.
+    """
+
+    parameters: ClassVar[dict[str, float]] = {"weight": 0.0}
+
+    over: str
+
+    def recover(self, normalized: Tensor, *parameters: Tensor | float) -> Tensor:
+        """(1 + weight) * x."""
+        (weight,) = parameters
+        return normalized * (1 + weight)
+
+    def formula(self) -> str:
+        """The formula."""
+        return "(1 + weight) * x"

@@ -15,6 +15,9 @@ RANKS = {
     "errors": 0,
     "transforms": 0,
     "whereabouts": 0,
+    "untouched": 0,
+    "batches": 0,
+    "record": 0,
     "pattern": 1,
     "sums": 1,
     "moments": 2,
@@ -43,14 +46,15 @@ RANKS = {
     "functional": 10,
     "textbook": 10,
     "modes": 10,
-    "tuning": 12,
-    "report": 13,
-    "study": 14,
-    "commands": 15,
-    "cli": 16,
-    "__init__": 17,
+    "surgery": 12,
+    "tuning": 13,
+    "report": 14,
+    "study": 15,
+    "commands": 16,
+    "cli": 17,
+    "__init__": 18,
 }
-PACKAGES = ("tuning", "report")  # one rank for all of their files
+PACKAGES = ("surgery", "tuning", "report")  # one rank for all of their files
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 70
 

@@ -1,0 +1,184 @@
+"""What happens to the data in a forward: which layer or operation reads what which other one has written.
+
+The model is run, and every operation on a tensor is seen where torch dispatches it, so that any Python code is
+understood: branches, loops, functions, tensors that are changed in place, parameters that are used outside of their
+layer. Normalizations, convolutions, linear layers and embeddings are seen as wholes. What is found holds for forwards
+that take the same way through the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from normwise.batches import tensors_in
+
+WHOLES = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor at one moment of its life: what is written into it in place makes another value."""
+
+    tensor: Tensor
+    writer: Step | None  # None: it came from outside, as an input, a parameter or a constant
+    readers: list[Step] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Step:
+    """A call of a layer that is seen as a whole, or an operation outside of any; the last one is the output."""
+
+    name: str
+    layer: nn.Module | None = None
+    operation: Any = None
+    arguments: tuple[Any, ...] = ()
+    reads: list[Value] = field(default_factory=list)
+    writes: list[Value] = field(default_factory=list)  # of a layer: what it returns
+    takes: list[Value] = field(default_factory=list)  # of a layer: what it is called with
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Flow:
+    """The steps of one forward.
+
+    Attributes:
+        steps: In order.
+        output: A last step, which reads what the forward returned.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.output = Step("the model's output")
+        self._values: dict[int, Value] = {}
+        self._kept: list[Tensor] = []  # so that no other tensor gets the same id
+
+    def calls(self, layer: nn.Module) -> list[Step]:
+        """The calls of a layer."""
+        return [step for step in self.steps if step.layer is layer]
+
+    def value(self, tensor: Tensor) -> Value:
+        """The value that a tensor has now."""
+        known = self._values.get(id(tensor))
+        return self.written(tensor, None) if known is None else known
+
+    def written(self, tensor: Tensor, writer: Step | None) -> Value:
+        """A new value of a tensor."""
+        value = self._values[id(tensor)] = Value(tensor, writer)
+        self._kept.append(tensor)
+        if writer is not None and writer.layer is None:
+            writer.writes.append(value)
+        return value
+
+    def read(self, tensor: Tensor, reader: Step) -> Value:
+        """A step reads a tensor."""
+        value = self.value(tensor)
+        if value.writer is not reader and reader not in value.readers:
+            value.readers.append(reader)
+            reader.reads.append(value)
+        return value
+
+    def readers_of(self, parameter: Tensor) -> list[Step]:
+        """The steps that read a parameter or buffer."""
+        known = self._values.get(id(parameter))
+        return [] if known is None else known.readers
+
+
+def trace(model: nn.Module, run: Callable[[], Any], wholes: Iterable[nn.Module] = ()) -> Flow:
+    """Run a forward and see what happens in it.
+
+    Args:
+        model: The model.
+        run: Runs it and gives the output.
+        wholes: Layers to be seen as wholes, beside convolutions, linear layers and embeddings.
+    """
+    flow = Flow()
+    seen_as_wholes = {id(module) for module in wholes}
+    with ExitStack() as hooks, torch.no_grad(), _Recorder(flow) as recorder:
+        for path, module in model.named_modules():
+            if id(module) in seen_as_wholes or isinstance(module, WHOLES):
+                recorder.watch(path, module, hooks)
+            else:
+                recorder.enter(path, module, hooks)
+        output = run()
+    for tensor in tensors_in(output):
+        flow.read(tensor, flow.output)
+    return flow
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate it
+    """Sees each operation, and says which layer it belongs to."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        self._flow = flow
+        self._inside: list[Step] = []
+        self._paths: list[str] = []
+
+    def watch(self, path: str, layer: nn.Module, hooks: ExitStack) -> None:
+        """See the calls of a layer as wholes."""
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            step = Step(path or type(layer).__name__, layer)
+            if not self._inside:
+                self._flow.steps.append(step)
+            self._inside.append(step)
+            step.takes = [self._flow.read(tensor, step) for tensor in tensors_in((args, kwargs))]
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            step = self._inside.pop()
+            step.writes = [self._flow.value(tensor) for tensor in tensors_in(output)]
+
+        for handle in (
+            layer.register_forward_pre_hook(before, with_kwargs=True),
+            layer.register_forward_hook(after, prepend=True),
+        ):
+            hooks.callback(handle.remove)
+
+    def enter(self, path: str, module: nn.Module, hooks: ExitStack) -> None:
+        """Know that operations happen within a module."""
+        for handle in (
+            module.register_forward_pre_hook(lambda *_: self._paths.append(path)),
+            module.register_forward_hook(lambda *_: self._leave(), prepend=True),
+        ):
+            hooks.callback(handle.remove)
+
+    def _leave(self) -> None:
+        self._paths.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        step = self._inside[0] if self._inside else self._operation(func, args)
+        for tensor in tensors_in((args, kwargs or {})):
+            self._flow.read(tensor, step)
+        for tensor in _changed(func, args, kwargs or {}):
+            self._flow.written(tensor, step)
+        given = {id(tensor) for tensor in tensors_in((args, kwargs or {}))}
+        for tensor in tensors_in(output):
+            if id(tensor) not in given:
+                self._flow.written(tensor, step)
+        return output
+
+    def _operation(self, func: Any, args: Any) -> Step:
+        where = f" in {self._paths[-1]}" if self._paths and self._paths[-1] else ""
+        step = Step(f"{func.overloadpacket.__name__}{where}", None, func, tuple(args))
+        self._flow.steps.append(step)
+        return step
+
+
+def _changed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation changes in place."""
+    changed = []
+    for at, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[at] if at < len(args) else kwargs.get(argument.name)
+            changed += list(tensors_in(given))
+    return changed

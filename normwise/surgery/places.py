@@ -1,0 +1,103 @@
+"""Where the modules of a model stand, so that one can be exchanged wherever it is held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from normwise.errors import SurgeryError
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place that holds a module.
+
+    Attributes:
+        path: As `named_modules` writes it; `blocks.0.norms[1]` in a list that is no `ModuleList`; "" for the root.
+        module: What stands there.
+        registered: Whether `state_dict`, `to` and `train` reach it there.
+    """
+
+    path: str
+    module: nn.Module
+    registered: bool
+    put: Callable[[nn.Module], None] = field(compare=False, repr=False)
+
+
+def places(model: nn.Module) -> list[Place]:
+    """Every place that holds a module, in the order of `named_modules`; the root, which nothing holds, comes first.
+
+    A module that is held twice has two places. Beside children these are plain attributes, and the lists, tuples and
+    dictionaries in them, which `named_modules` does not see.
+
+    >>> model = nn.Sequential(nn.ReLU())
+    >>> model.norms = [nn.BatchNorm1d(3)]
+    >>> [place.path for place in places(model)]
+    ['', '0', 'norms[0]']
+    """
+
+    def refuse(new: nn.Module) -> None:
+        raise SurgeryError("the model itself cannot be exchanged in place")
+
+    found = [Place("", model, True, refuse)]
+    seen: set[nn.Module] = set()
+    _visit("", model, seen, found)
+    return found
+
+
+def _visit(path: str, module: nn.Module, seen: set[nn.Module], found: list[Place]) -> None:
+    """The places in a module and below, each module visited once."""
+    if module in seen:
+        return
+    seen.add(module)
+    here = list(_held_by(path, module))
+    for place in here:
+        found.append(place)
+        _visit(place.path, place.module, seen, found)
+
+
+def _held_by(path: str, module: nn.Module) -> Iterator[Place]:
+    prefix = f"{path}." if path else ""
+    for name, child in module._modules.items():
+        if child is not None:
+            yield Place(prefix + name, child, True, _setter(module._modules, name))
+    for name, value in module.__dict__.items():
+        if name not in _TORCHS:
+            yield from _in_value(prefix + name, value, _setter(module.__dict__, name), set())
+
+
+_TORCHS = frozenset(nn.Module().__dict__)  # what torch itself keeps in a module
+
+
+def _in_value(path: str, value: Any, put: Callable[[Any], None], seen: set[int]) -> Iterator[Place]:
+    """The modules in an attribute's value, however deep in lists, tuples and dictionaries."""
+    if isinstance(value, nn.Module):
+        yield Place(path, value, False, put)
+    elif isinstance(value, (list, tuple, dict)) and id(value) not in seen:
+        seen.add(id(value))
+        current = list(value) if isinstance(value, tuple) else []
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            into = _tuple_setter(value, current, key, put) if isinstance(value, tuple) else _setter(value, key)
+            yield from _in_value(f"{path}[{key!r}]", value[key], into, seen)
+
+
+def _setter(holder: Any, key: Any) -> Callable[[Any], None]:
+    def put(new: Any) -> None:
+        holder[key] = new
+
+    return put
+
+
+def _tuple_setter(
+    value: tuple[Any, ...], current: list[Any], at: int, put: Callable[[Any], None]
+) -> Callable[[Any], None]:
+    """A tuple cannot be written into: another one, of what is in `current`, takes its place."""
+
+    def put_all(new: Any) -> None:
+        current[at] = new
+        put(value._make(current) if hasattr(value, "_make") else type(value)(current))
+
+    return put_all

@@ -1,0 +1,143 @@
+"""Does the model still compute the same? Outputs before and after an operation, compared on probes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from normwise.batches import Forward, feed, mapped, tensors_in
+from normwise.errors import SurgeryError
+from normwise.record import Check
+from normwise.surgery.edits import Edits
+from normwise.surgery.probes import Probe
+from normwise.untouched import seed, untouched
+
+_SEED = 0  # of the random numbers, for dropout in training mode
+_SLACK = 8.0  # how much farther from float64 the result may be than the original, where rounding is amplified
+
+Outputs = list[Tensor]
+
+
+class Proof:
+    """What a model computed before an operation, to be compared with what it computes afterwards.
+
+    Both are run in the model's own mode and dtype, with the same random numbers, and leave no trace. In training mode
+    the moving statistics that come of it are compared as well.
+
+    Args:
+        operation: Its name, for the error.
+        model: The model before.
+        probes: What it is run on.
+        forward: How a batch is given to it, where that is not usual.
+    """
+
+    def __init__(self, operation: str, model: nn.Module, probes: Sequence[Probe], forward: Forward | None) -> None:
+        self._operation, self._probes, self._forward = operation, probes, forward
+        self._before = [outputs_of(model, probe, forward) for probe in probes]
+        self._model = model
+
+    def check(self, model: nn.Module, edits: Edits, tolerance: float) -> tuple[Check, ...]:
+        """Compare with what the model computes now.
+
+        A difference above the tolerance is allowed only where it is rounding: in float64 the two then agree, and the
+        original is off by as much itself.
+
+        Raises:
+            SurgeryError: the model computes something else; what was edited is undone.
+        """
+        checks = []
+        for probe, before in zip(self._probes, self._before, strict=True):
+            try:
+                after = outputs_of(model, probe, self._forward)
+            except Exception as error:
+                edits.undo()
+                raise SurgeryError(
+                    f"{self._operation}: the model then fails on {probe.name}: {error}; everything is as it was"
+                ) from error
+            check = Check(probe.name, distance(before, after), tolerance)
+            if not check.difference <= tolerance:
+                check = self._arbitrated(check, model, probe, (before, after), edits)
+            checks.append(check)
+        return tuple(checks)
+
+    def _arbitrated(
+        self, check: Check, model: nn.Module, probe: Probe, outputs: Sequence[Outputs], edits: Edits
+    ) -> Check:
+        """Tell rounding, which a deep network in training mode amplifies without bounds, from another function."""
+        before, after = outputs
+        try:
+            exact_after = self._in_double(model, probe)
+            edits.undo()
+            exact = self._in_double(self._model, probe)
+        except Exception as error:  # something in the model has a dtype of its own: there is no arbiter
+            raise self._refusal(check, edits) from error
+        in_double, *errors = (distance(exact, other) for other in (exact_after, before, after))
+        check = replace(check, in_double=in_double, error_before=errors[0], error_after=errors[1])
+        if not (in_double <= check.tolerance and errors[1] <= max(check.tolerance, _SLACK * errors[0])):
+            raise self._refusal(check, edits)
+        edits.redo()
+        return check
+
+    def _in_double(self, model: nn.Module, probe: Probe) -> Outputs:
+        with in_double(model):
+            return outputs_of(model, Probe(probe.name, mapped(probe.batch, _doubled)), self._forward)
+
+    def _refusal(self, check: Check, edits: Edits) -> SurgeryError:
+        edits.undo()
+        return SurgeryError(
+            f"{self._operation}: the model then computes something else, by {check.difference:.1e} on {check.probe} "
+            f"(allowed: {check.tolerance:.0e}); everything is as it was"
+        )
+
+
+def outputs_of(model: nn.Module, probe: Probe, forward: Forward | None = None) -> Outputs:
+    """What comes out, and in training mode what the forward left in the buffers."""
+    with untouched(model), torch.no_grad():
+        seed(_SEED)
+        outputs = [tensor.clone() for tensor in tensors_in(feed(model, probe.batch, forward))]
+        if model.training:
+            buffers = dict(model.named_buffers())
+            outputs += [buffers[name].clone() for name in sorted(buffers) if ".running_" in f".{name}"]
+        return outputs
+
+
+def distance(a: Outputs, b: Outputs) -> float:
+    """The largest difference of two lists of outputs, each relative to its largest value where that is above 1.
+
+    >>> distance([torch.tensor([1.0, 100.0])], [torch.tensor([1.0, 101.0])])
+    0.01
+    """
+    if [x.shape for x in a] != [x.shape for x in b]:
+        return float("inf")
+    return max((_distance(x.double(), y.double()) for x, y in zip(a, b, strict=True) if x.numel()), default=0.0)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    same = (a == b) | (a.isnan() & b.isnan())
+    if same.all():
+        return 0.0
+    largest = torch.where(a.isfinite(), a, torch.zeros_like(a)).abs().max().clamp_min(1.0)
+    difference = float((torch.where(same, torch.zeros_like(a), a - b).abs() / largest).max())
+    return float("inf") if difference != difference else difference
+
+
+@contextmanager
+def in_double(model: nn.Module) -> Iterator[None]:
+    """Within this context the model's floating-point parameters and buffers are in float64."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    before = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.double()
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
