@@ -27,6 +27,10 @@ from normwise.recurrent import GRU, LSTM, RNN
 from normwise.surgery.adopt import adopt, release
 from normwise.surgery.converters import register_converter
 from normwise.surgery.find import find
+from normwise.surgery.fold import fold
+from normwise.surgery.groups import param_groups
+from normwise.surgery.recalibrate import recalibrate
+from normwise.surgery.swap import swap
 
 if TYPE_CHECKING:
     from normwise.study import Study, tune
@@ -70,11 +74,15 @@ __all__ = [
     "adopt",
     "domain",
     "find",
+    "fold",
     "freeze",
     "functional",
     "no_update",
+    "param_groups",
+    "recalibrate",
     "register_converter",
     "release",
+    "swap",
     "textbook",
     "tune",
     "unfreeze",

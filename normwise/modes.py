@@ -5,44 +5,24 @@ Each works on the whole tree below a module. None of them is undone by `model.tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from types import TracebackType
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _NormBase
 
-from normwise.errors import NormwiseError
+from normwise.errors import NormwiseError, SurgeryError
 from normwise.norm import Norm
+from normwise.record import Line, Record, shown
 from normwise.remembering import never_trained
 
-
-class Change(AbstractContextManager["Change"]):
-    """What an operation changed; `undo()`, or the end of a `with`, puts it back.
-
-    >>> model = nn.Sequential(nn.Linear(4, 3))
-    >>> freeze(model).paths
-    ()
-    """
-
-    def __init__(self, paths: tuple[str, ...], before: ExitStack) -> None:
-        self.paths = paths
-        self._before = before
-
-    def undo(self) -> None:
-        """Put everything back as it was; a second time it does nothing."""
-        self._before.close()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.undo()
-
-    def __repr__(self) -> str:
-        return f"Change({', '.join(self.paths) or 'nothing'})"
+_TORCHS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_TORCHS_OWN = "torch's own, whose parameters learn on: nw.adopt(model) makes it a layer that can be frozen"
+_SHOWN_PATHS = 6  # in an error
 
 
-def freeze(model: nn.Module, *, parameters: bool = True) -> Change:
+def freeze(model: nn.Module, names: str | Sequence[str] | None = None, *, parameters: bool = True) -> Record:
     """Freeze the normalizations of a model: nothing in them moves until `unfreeze`.
 
     A frozen layer uses its remembered statistics in training as in evaluation, and updates none; its parameters take
@@ -53,47 +33,70 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> Change:
 
     Args:
         model: A module; every `Norm` in it is frozen.
+        names: Which of them, by path: `"layer1.*"`, `"*.bn1"`, or several such patterns of which one has to fit. `*` is
+            any text, dots included, `?` one character. Default: all. A layer held twice goes by either of its paths.
         parameters: Whether the parameters are frozen as well.
 
     Returns:
-        What was changed; as a context manager, it holds for a while: `with freeze(model): ...`.
+        A record of what was frozen, and of torch's own layers without memory, which are left as they are. As a context
+        manager it holds for a while: `with freeze(model): ...`. Freezings nest; each is undone by itself.
 
     Raises:
-        NormwiseError: torch's own layers with memory are in the model; their memory is not normwise's to freeze.
+        NormwiseError: among the layers are some of torch's own with memory, which is not normwise's to freeze.
+        SurgeryError: no normalization fits a pattern.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nw.BatchNorm(3))
-    >>> freeze(model)
-    Change(1)
+    >>> print(freeze(model))
+    freeze: 1 changed, 0 left as they were
+    <BLANKLINE>
+    changed  before        after                 why
+    1        BatchNorm(3)  BatchNorm(3), frozen  memory and parameters frozen
     >>> _ = model.train()(torch.randn(8, 4))
     >>> model[1].running_mean
     tensor([0., 0., 0.])
     """
-    before, layers = ExitStack(), _layers(model)
-    for _, layer in layers:
+    found = _normalizations(model, names)
+    layers, undone, changed = _ours(found), ExitStack(), []
+    for path, layer in layers:
+        before = _described(layer)
         layer._freeze(parameters=parameters)
-        before.callback(layer._thaw)
-    return Change(tuple(path for path, _ in layers), before)
+        undone.callback(layer._thaw)
+        changed.append(Line(path, before, _described(layer), _frozen_parts(layer, parameters=parameters)))
+    left = [Line(path, shown(layer), None, _TORCHS_OWN) for path, layer in found if not isinstance(layer, Norm)]
+    return Record("freeze", model, tuple(changed), tuple(left), inverse=undone.close)
 
 
-def unfreeze(model: nn.Module) -> Change:
-    """Let the normalizations of a model move again: the inverse of `freeze`.
+def unfreeze(model: nn.Module, names: str | Sequence[str] | None = None) -> Record:
+    """Let the normalizations of a model move again: the inverse of `freeze`, however often they were frozen.
 
     Parameters that took no gradient before they were frozen still take none.
 
-    Returns:
-        What was changed, as `freeze` does.
+    Args:
+        model: A module; every `Norm` in it moves again.
+        names: Which of them, as in `freeze`.
 
-    >>> model = nn.Sequential(nn.Linear(4, 3), nw.BatchNorm(3))
-    >>> _ = freeze(model), unfreeze(model)
-    >>> model[1].weight.requires_grad, model[1].frozen
-    (True, False)
+    Returns:
+        A record of what was unfrozen, and of the layers that were not frozen; its `undo()` freezes them as they were.
+
+    Raises:
+        NormwiseError, SurgeryError: as `freeze`.
+
+    >>> model = nn.Sequential(nw.BatchNorm(3), nw.BatchNorm(3))
+    >>> _ = freeze(model)
+    >>> unfreeze(model, "1").paths, model[0].frozen, model[1].frozen
+    (('1',), True, False)
     """
-    before, layers = ExitStack(), [(path, layer) for path, layer in _layers(model) if layer.frozen]
-    for _, layer in layers:
-        before.callback(_freeze_again, layer, layer._freezes, parameters=bool(layer._froze))
+    undone, changed, left = ExitStack(), [], []
+    for path, layer in _ours(_normalizations(model, names)):
+        before = _described(layer)
+        if not layer.frozen:
+            left.append(Line(path, before, None, "it was not frozen"))
+            continue
+        undone.callback(_freeze_again, layer, layer._freezes, parameters=bool(layer._froze))
         layer._freezes = 1
         layer._thaw()
-    return Change(tuple(path for path, _ in layers), before)
+        changed.append(Line(path, before, _described(layer), "it moves again"))
+    return Record("unfreeze", model, tuple(changed), tuple(left), inverse=undone.close)
 
 
 @contextmanager
@@ -227,15 +230,54 @@ def _layers(model: nn.Module) -> list[tuple[str, Norm]]:
     Raises:
         NormwiseError: there is one of torch's that keeps a memory.
     """
-    layers = []
-    for path, module in model.named_modules():
-        if isinstance(module, Norm):
-            layers.append((path or type(module).__name__, module))
-        elif isinstance(module, _NormBase) and module.track_running_stats:
-            kind = type(module).__name__
-            ours = "BatchNorm" if isinstance(module, _BatchNorm) else "InstanceNorm"
+    return _ours(_normalizations(model, None))
+
+
+def _normalizations(model: nn.Module, names: str | Sequence[str] | None) -> list[tuple[str, nn.Module]]:
+    """The normalizations of normwise and torch by path, each once; the class stands for the path of a root.
+
+    Raises:
+        SurgeryError: no path fits one of the patterns.
+    """
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (Norm, *_TORCHS)):
+            paths.setdefault(module, []).append(path or type(module).__name__)
+    if names is None:
+        return [(held[0], module) for module, held in paths.items()]
+    chosen: set[nn.Module] = set()
+    for pattern in [names] if isinstance(names, str) else names:
+        fitting = {module for module, held in paths.items() if any(fnmatchcase(path, pattern) for path in held)}
+        if not fitting:
+            known = [held[0] for held in paths.values()]
+            shown_paths = ", ".join(known[:_SHOWN_PATHS]) + (", ..." if len(known) > _SHOWN_PATHS else "")
+            raise SurgeryError(f"no normalization has a path like {pattern!r}; there are: {shown_paths or 'none'}")
+        chosen |= fitting
+    return [(held[0], module) for module, held in paths.items() if module in chosen]
+
+
+def _ours(found: list[tuple[str, nn.Module]]) -> list[tuple[str, Norm]]:
+    """Those of normwise.
+
+    Raises:
+        NormwiseError: there is one of torch's that keeps a memory.
+    """
+    for path, module in found:
+        if isinstance(module, _NormBase) and not isinstance(module, Norm) and module.track_running_stats:
             raise NormwiseError(
-                f"{path or kind}: the memory of torch.nn.{kind} is not normwise's to change; "
-                f"use nw.{ours}, which takes the same arguments and state_dict"
+                f"{path}: the memory of torch.nn.{type(module).__name__} is not normwise's to change; "
+                "nw.adopt(model) exchanges such layers for normwise's with the same numbers"
             )
-    return layers
+    return [(path, module) for path, module in found if isinstance(module, Norm)]
+
+
+def _described(layer: Norm) -> str:
+    return shown(layer) + (", frozen" if layer.frozen else "")
+
+
+def _frozen_parts(layer: Norm, *, parameters: bool) -> str:
+    """What a freezing has made stand still."""
+    parts = ["memory"] if layer.spec.memory is not None else []
+    parts += ["parameters"] if parameters and any(True for _ in layer.parameters()) else []
+    what = f"{' and '.join(parts)} frozen" if parts else f"it has no memory{' and no parameters' if parameters else ''}"
+    return what if layer._freezes == 1 else f"{what}; frozen {layer._freezes} times now"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -65,6 +66,7 @@ class Record(AbstractContextManager["Record"]):
         left: What was looked at and left as it was, with the reason.
         proof: How the model computed before and after, for operations that claim that nothing changes.
         notes: What else to know.
+        measured: Numbers that were measured, by name.
 
     As a context manager it holds for a while: `with nw.freeze(model): ...`.
     """
@@ -75,6 +77,7 @@ class Record(AbstractContextManager["Record"]):
     left: tuple[Line, ...] = ()
     proof: tuple[Check, ...] = ()
     notes: tuple[str, ...] = ()
+    measured: dict[str, float] = field(default_factory=dict)
     inverse: Callable[[], None] | None = field(default=None, compare=False)
     original: nn.Module | None = field(default=None, compare=False)  # the root, where that was exchanged
 
@@ -113,6 +116,7 @@ class Record(AbstractContextManager["Record"]):
             "left": [asdict(line) for line in self.left],
             "proof": [asdict(check) for check in self.proof],
             "notes": list(self.notes),
+            "measured": dict(self.measured),
         }
 
     def to_json(self) -> str:
@@ -133,6 +137,16 @@ class Record(AbstractContextManager["Record"]):
             parts.append("\n".join(["largest difference of the outputs", *(f"  {check}" for check in self.proof)]))
         parts += [f"note: {note}" for note in self.notes]
         return "\n\n".join(parts)
+
+
+def shown(layer: nn.Module) -> str:
+    """A layer's class and sizes.
+
+    >>> shown(nn.GroupNorm(2, 8))
+    'GroupNorm(2, 8)'
+    """
+    sizes = re.split(r",? ?\b\w+=|;|, \w+\(", layer.extra_repr(), maxsplit=1)[0]  # no options, no declared parts
+    return f"{type(layer).__name__}({sizes})"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

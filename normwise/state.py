@@ -140,7 +140,7 @@ class Stateful(Holder):
     def _freeze(self, *, parameters: bool) -> None:
         """Freeze once more; what waits in the gradients of the parameters is put aside, out of an optimizer's way."""
         self._freezes += 1
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters(recurse=False):
             if parameters and parameter.requires_grad:
                 self._froze[name] = parameter.grad
                 parameter.requires_grad, parameter.grad = False, None
@@ -150,7 +150,7 @@ class Stateful(Holder):
         self._freezes = max(self._freezes - 1, 0)
         if self._freezes > 0:
             return
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters(recurse=False):
             if name in self._froze:
                 parameter.requires_grad = True
                 parameter.grad = self._froze[name] if parameter.grad is None else parameter.grad

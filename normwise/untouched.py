@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
+
+from normwise.places import all_modules
 
 _COUNTS = ("_skips", "_fed")  # what a layer of normwise keeps beside its buffers
 
@@ -20,38 +23,71 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Whatever happens within, an exception and Ctrl-C included, the model and the generators are then as before.
 
     Put back are the buffers (their values, and which tensors they are), which tensors the parameters are, their `grad`
-    and `requires_grad`, the mode of every module, and the random number generators of torch, Python and NumPy. The
-    values of parameters are not copied: a forward does not change them. Modules that are exchanged within stay
-    exchanged.
+    and `requires_grad`, the mode of every module, and the random number generators of torch, Python and NumPy. A layer
+    whose sizes were found within waits for them again: a probe decides neither on them nor on the first weights. The
+    values of other parameters are not copied, because a forward does not change them. Modules that are exchanged within
+    stay exchanged.
 
-    >>> model = nn.BatchNorm1d(2)
+    >>> model = nn.Sequential(nn.LazyLinear(2), nn.BatchNorm1d(2))
     >>> with untouched(model):
-    ...     _ = model(torch.randn(8, 2))
-    >>> model.num_batches_tracked
-    tensor(0)
+    ...     _ = model(torch.randn(8, 5))
+    >>> model[0], model[1].num_batches_tracked
+    (LazyLinear(in_features=0, out_features=2, bias=True), tensor(0))
     """
-    modules = [(module, module.training, _slots(module)) for module in model.modules()]
-    values = {id(tensor): (tensor, tensor.detach().clone()) for _, _, slots in modules for tensor in _tensors(slots)}
-    gradients = [(p, p.requires_grad, p.grad, _copied(p.grad)) for p in model.parameters()]
-    devices = sorted({t.device.index or 0 for t, _ in values.values() if t.device.type == "cuda"})
+    modules = list(all_modules(model))
+    modes = [(module, module.training) for module in modules]
+    tables = [(table, dict(table)) for module in modules for table in _tables(module)]
+    counts = [(module, _counts(module)) for module in modules]
+    values = [(tensor, tensor.detach().clone()) for tensor in _values(modules)]
+    gradients = [(p, p.requires_grad, p.grad, None if p.grad is None else p.grad.clone()) for p in _parameters(modules)]
+    unsized = _Unsized(modules)
+    devices = sorted({tensor.device.index or 0 for tensor, _ in values if tensor.device.type == "cuda"})
     with torch.random.fork_rng(devices), _other_generators():
         try:
             yield
         finally:
+            for module, training in modes:
+                module.training = training
+            for table, kept in tables:
+                _restore(table, kept)
+            for module, kept in counts:
+                for name in _counts(module).keys() - kept.keys():
+                    del module.__dict__[name]
+                module.__dict__.update(kept)
             with torch.no_grad():
-                for tensor, value in values.values():
+                for tensor, value in values:
                     _put_back(tensor, value)
                 for parameter, requires_grad, grad, copied in gradients:
-                    parameter.requires_grad_(requires_grad)
-                    parameter.grad = grad
+                    parameter.requires_grad = requires_grad
+                    if parameter.grad is not grad:
+                        parameter.grad = grad
                     if grad is not None and copied is not None:
                         grad.copy_(copied)
-            for module, training, slots in modules:
-                module.training = training
-                for holder, kept in slots:
-                    for name in [name for name in holder if name not in kept and holder is not module.__dict__]:
-                        del holder[name]
-                    holder.update(kept)
+            unsized.put_back()
+
+
+class _Unsized:
+    """The layers that wait for their sizes: normwise's, and torch's lazy modules.
+
+    Where sizes are found, tensors stay the same objects and get data and another class. A lazy module also changes its
+    own class, its attributes, and its tables of hooks, which must stay the same dictionaries: the handles know them.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        waiting = [m for m in modules if isinstance(m, LazyModuleMixin) or any(map(is_lazy, _tensors(m)))]
+        self._tensors = [(t, type(t), t.data) for module in waiting for t in _tensors(module) if is_lazy(t)]
+        self._modules = [(module, type(module), dict(module.__dict__)) for module in waiting]
+        hooks = [value for m in waiting for name, value in m.__dict__.items() if "hook" in name]
+        self._hooks = [(table, dict(table)) for table in hooks if isinstance(table, dict)]
+
+    def put_back(self) -> None:
+        for tensor, its_class, data in self._tensors:
+            tensor.data, tensor.__class__ = data, its_class
+        for module, own_class, attributes in self._modules:
+            module.__class__ = own_class
+            _restore(module.__dict__, attributes)
+        for table, kept in self._hooks:
+            _restore(table, kept)
 
 
 @contextmanager
@@ -76,25 +112,42 @@ def seed(number: int) -> None:
         numpy.random.seed(number)
 
 
-def _slots(module: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The dictionaries that hold a module's tensors, and what they hold now."""
-    counts = {name: module.__dict__[name] for name in _COUNTS if name in module.__dict__}
-    holders: list[dict[str, Any]] = [module._parameters, module._buffers]
-    return [*((holder, dict(holder)) for holder in holders), (module.__dict__, counts)]
+def _tables(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """The dictionaries of a module's tensors; those of a scripted one cannot be changed."""
+    yield from (table for table in (module._parameters, module._buffers) if isinstance(table, dict))
 
 
-def _tensors(slots: list[tuple[dict[str, Any], dict[str, Any]]]) -> Iterator[Tensor]:
-    for _, kept in slots:
-        for value in kept.values():
-            if isinstance(value, Tensor) and not is_lazy(value) and not isinstance(value, nn.Parameter):
-                yield value
+def _parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The parameters, each once."""
+    held = (p for module in modules for p in module._parameters.values() if p is not None)
+    return list({id(parameter): parameter for parameter in held}.values())
 
 
-def _copied(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().clone()
+def _counts(module: nn.Module) -> dict[str, Any]:
+    return {name: module.__dict__[name] for name in _COUNTS if name in module.__dict__}
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """A module's own parameters and buffers."""
+    yield from (p for p in module._parameters.values() if p is not None)
+    yield from (b for b in module._buffers.values() if b is not None)
+
+
+def _values(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """The tensors that a forward may change: buffers and counts, each once."""
+    held = [value for module in modules for value in (*module._buffers.values(), *_counts(module).values())]
+    yield from {id(tensor): tensor for tensor in held if isinstance(tensor, Tensor) and not is_lazy(tensor)}.values()
+
+
+def _restore(table: dict[str, Any], kept: dict[str, Any]) -> None:
+    """The same dictionary with what it held, in the same order."""
+    table.clear()
+    table.update(kept)
 
 
 def _put_back(tensor: Tensor, value: Tensor) -> None:
+    if tensor.is_meta:
+        return
     if tensor.shape != value.shape:  # it grew
         tensor.set_(value)  # type: ignore[call-overload]  # its stubs know storages only
     elif not torch.equal(tensor, value):

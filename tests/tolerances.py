@@ -27,6 +27,8 @@ POOLED = Tolerance(1e-12, 1e-12, "float64 moments merged a few times, each merge
 EXACT = Tolerance(2e-6, 0.0, "the promise of the statistics: against the formula in float64 on the rounded input")
 OUTLIER = Tolerance(2e-5, 1e-6, "one value of 1e6 among values of size 1, and first: the column is shifted by it")
 COMPILED = Tolerance(2e-5, 2e-5, "a compiler sums in its own order, so the shift by an element helps it less")
+MODEL_OUTPUTS = Tolerance(1e-5, 0.0, "whole models, outputs as parts of the largest: the promise of adopt")
+MODEL_GRADIENTS = Tolerance(1e-4, 0.0, "whole models, gradients as parts of the largest: the promise of adopt")
 SUMMED = Tolerance(0.0, 1e-5, "float32 partial sums over 65,536 rows, against float64")
 
 ROUNDINGS = 8.0  # of 2**-24: subtractions, slope, product and the sums behind them, measured at 6 over 50,000 columns

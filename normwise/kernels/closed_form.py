@@ -82,7 +82,8 @@ class _ClosedForm(torch.autograd.Function):
         _save(ctx, _Saved(x, weight, bias, steps, line, result.correction, result.enough, measured))
         moments = result.moments or (None, None, None)
         ctx.mark_non_differentiable(*(m for m in moments if isinstance(m, Tensor)))
-        return result.output, *moments
+        # a view of the values, it would refuse to be changed in place, as `nn.ReLU(inplace=True)` does: `data` is none
+        return result.output.data, *moments
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor, *_: None) -> tuple[Tensor | None, ...]:

@@ -13,8 +13,8 @@ from normwise.layers import BatchNorm, GroupNorm, LayerNorm, LayerNorm2d, RMSNor
 from normwise.norm import Norm
 
 
-class _Activated(Norm):
-    """`act(drop(norm(x)))`; with a residual, the activated output and the plain sum."""
+class Activated(Norm):
+    """What the layers below share: `act(drop(norm(x)))`; with a residual, the activated output and the plain sum."""
 
     drop: nn.Module
     act: nn.Module
@@ -27,31 +27,31 @@ class _Activated(Norm):
         return self.act(self.drop(output))
 
 
-class BatchNormAct(_Activated, BatchNorm):  # type: ignore[misc]  # eps, as in BatchNorm
+class BatchNormAct(Activated, BatchNorm):  # type: ignore[misc]  # eps, as in BatchNorm
     """`BatchNorm`, then `drop` and `act`."""
 
 
-class GroupNormAct(_Activated, GroupNorm):  # type: ignore[misc]  # eps, as in GroupNorm
+class GroupNormAct(Activated, GroupNorm):  # type: ignore[misc]  # eps, as in GroupNorm
     """`GroupNorm`, then `drop` and `act`."""
 
 
-class LayerNormAct(_Activated, LayerNorm):  # type: ignore[misc]  # eps, as in LayerNorm
+class LayerNormAct(Activated, LayerNorm):  # type: ignore[misc]  # eps, as in LayerNorm
     """`LayerNorm`, then `drop` and `act`."""
 
 
-class LayerNorm2dAct(_Activated, LayerNorm2d):  # type: ignore[misc]  # eps, as in LayerNorm2d
+class LayerNorm2dAct(Activated, LayerNorm2d):  # type: ignore[misc]  # eps, as in LayerNorm2d
     """`LayerNorm2d`, then `drop` and `act`."""
 
 
-class RMSNormAct(_Activated, RMSNorm):
+class RMSNormAct(Activated, RMSNorm):
     """`RMSNorm`, then `drop` and `act`."""
 
 
-class RMSNorm2dAct(_Activated, RMSNorm2d):
+class RMSNorm2dAct(Activated, RMSNorm2d):
     """`RMSNorm2d`, then `drop` and `act`."""
 
 
-ACTIVATED: dict[type[Norm], type[_Activated]] = {
+ACTIVATED: dict[type[Norm], type[Activated]] = {
     BatchNorm: BatchNormAct,
     GroupNorm: GroupNormAct,
     LayerNorm: LayerNormAct,

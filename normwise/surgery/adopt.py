@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy as copying
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normwise.batches import Forward
-from normwise.layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from normwise.batches import Forward, tensors_in
 from normwise.norm import Norm
 from normwise.pattern import ELLIPSIS
 from normwise.record import Record
 from normwise.spec import NormSpec
+from normwise.surgery.converters import BY_RANK, TORCH, to_torch
 from normwise.surgery.edits import Edits
 from normwise.surgery.exchange import HOOKS, Decide, Decision, Site, exchange, move_over, opened
 from normwise.surgery.kinds import kind_of
@@ -38,8 +38,9 @@ def adopt(
     """Exchange torch's, timm's and Hugging Face's normalization layers for normwise's, with the same numbers.
 
     Parameters and buffers stay the same objects under the same names: `state_dict` does not change, an optimizer goes
-    on, checkpoints load both ways. Every layer is compared with the one it replaces on hard inputs in float64, in
-    training and evaluation; then the model with itself, on the given batch or one that is found, and harder ones.
+    on, checkpoints load both ways. A layer that is not torch's own is compared with its replacement on hard inputs in
+    float64, in training and evaluation; then the model with itself, on the given batch or one that is found, and harder
+    ones.
 
     Args:
         model: A model, or a single layer, whose replacement is then `record.model`.
@@ -88,7 +89,8 @@ def release(
 
 def _probes(model: nn.Module, batch: Any, forward: Forward | None) -> list[Probe]:
     """None, where no batch is given and none is found."""
-    return probes_for(model, batch, forward) if batch is not None or found_batch(model) is not None else []
+    batch = found_batch(model) if batch is None and forward is None else batch
+    return [] if batch is None else probes_for(model, batch, forward)
 
 
 def _proved(
@@ -126,8 +128,12 @@ def _adopted(site: Site) -> Decision | None:
 
 
 def difference(old: nn.Module, new: nn.Module) -> str | None:
-    """What two layers compute differently, on hard inputs in float64 and in both modes; None: nothing."""
-    if not isinstance(new, Norm):
+    """What two layers compute differently, on hard inputs in float64 and in both modes; None: nothing.
+
+    torch's own layers are known, and not run.
+    """
+    is_torchs = type(old) in TORCH and type(old).forward.__module__.startswith("torch.nn.")
+    if is_torchs or not isinstance(new, Norm):
         return None
     compared = 0
     for x in _hard_inputs(new.spec):
@@ -169,6 +175,8 @@ def _computed(layer: nn.Module, x: Tensor, *, training: bool) -> list[Tensor] | 
             output = layer(x.clone())
         except Exception:  # noqa: BLE001 - a layer may refuse a shape with any error, or a warning
             return None
+    if not isinstance(output, Tensor) or output.shape != x.shape:
+        return None
     return [output, *(buffer for _, buffer in sorted(layer.named_buffers()))]
 
 
@@ -176,22 +184,16 @@ def _ranks(model: nn.Module, probes: Sequence[Probe], forward: Forward | None) -
     """How many dimensions the input of each layer has whose torch class depends on it."""
     ranks: dict[nn.Module, int] = {}
 
-    def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        ranks[layer] = args[0].dim()
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ranks[layer] = next(tensors_in((args, kwargs))).dim()
 
     with ExitStack() as hooks:
         for layer in model.modules():
-            if type(layer) in _BY_RANK:
-                hooks.callback(layer.register_forward_pre_hook(note).remove)
+            if type(layer) in BY_RANK:
+                hooks.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
         for probe in probes:
             outputs_of(model, probe, forward)
     return ranks
-
-
-_BY_RANK: dict[type[nn.Module], dict[int, Callable[..., nn.Module]]] = {
-    BatchNorm: {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d},
-    InstanceNorm: {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d},
-}
 
 
 def _released(site: Site, ranks: dict[nn.Module, int]) -> Decision | None:
@@ -210,29 +212,8 @@ def _released(site: Site, ranks: dict[nn.Module, int]) -> Decision | None:
     return Decision(None, reason) if reason else Decision(new, "the same declaration, parameters and memory")
 
 
-def to_torch(layer: Norm, rank: int | None) -> nn.Module | None:
-    """torch's layer with the same declaration and without values; None: there is none, or the rank is not known."""
-    like: Any = layer
-    options: dict[str, Any] = {"device": "meta"}
-    if type(layer) in _BY_RANK:
-        origin = layer.__dict__.get("adopted_from")
-        make = origin if origin in _BY_RANK[type(layer)].values() else _BY_RANK[type(layer)].get(rank or 0)
-        if make is None:
-            return None
-        rates = like.num_features, like.eps, like.momentum
-        return cast("nn.Module", make(*rates, like.affine, like.track_running_stats, **options))
-    if type(layer) is GroupNorm:
-        return nn.GroupNorm(like.num_groups, like.num_channels, like.eps, like.affine, **options)
-    if type(layer) is LayerNorm:
-        has_weight, has_bias = layer.weight is not None, layer.bias is not None
-        return nn.LayerNorm(like.normalized_shape, like.eps, has_weight, has_bias, **options)
-    if type(layer) is RMSNorm:
-        return nn.RMSNorm(like.normalized_shape, like.eps, layer.weight is not None, **options)
-    return None
-
-
 def _no_equal(layer: Norm) -> str:
-    if type(layer) in _BY_RANK:
+    if type(layer) in BY_RANK:
         return "whether torch's is the 1d, 2d or 3d one is not known: give a batch that reaches it"
     return f"torch has no equal of {type(layer).__name__}"
 

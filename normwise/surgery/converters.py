@@ -60,27 +60,34 @@ def convert(layer: nn.Module) -> nn.Module | None:
     if isinstance(layer, Norm):
         return layer if _adds_nothing(type(layer)) else None
     known = _torchs(type(layer))
-    return _by_name(layer) if known is None else _TORCH[known](layer)
+    return _by_name(layer) if known is None else TORCH[known](layer)
 
 
 def looks_like_one(layer: nn.Module) -> bool:
     """Whether a layer is, or by its class or name seems to be, a normalization."""
-    if _registered_for(layer) is not None or isinstance(layer, (_NormBase, *_TORCH, Norm)) or _row(layer) is not None:
+    if _registered_for(layer) is not None or isinstance(layer, (_NormBase, *TORCH, Norm)) or _row(layer) is not None:
         return True
-    named_so = "norm" in type(layer).__name__.lower() and not type(layer).__module__.startswith("torch.nn.utils.")
-    return named_so and not list(layer.children())
+    kind = type(layer)
+    if "norm" not in getattr(layer, "original_name", kind.__name__).lower() or kind.__module__.startswith(
+        "torch.nn.utils.parametriz"
+    ):
+        return False
+    return set(dict(layer.named_children())) <= {"parametrizations"} and not isinstance(layer, _MIXES)
+
+
+_MIXES = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.RNNBase)  # layers that are normed, not norms
 
 
 def obstacle(layer: nn.Module) -> str | None:
     """Why the layer cannot be converted, whatever its class; None: nothing stands in the way."""
+    if isinstance(layer, torch.jit.ScriptModule):
+        return "it is scripted"
     if any(is_lazy(tensor) for tensor in (*layer.parameters(), *layer.buffers())):
         return "its sizes are not known yet: run a batch through the model first"
     if hasattr(layer, "parametrizations"):
         return "its parameters are parametrized: torch.nn.utils.parametrize.remove_parametrizations first"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the layer itself, and may do more"
-    if isinstance(layer, torch.jit.ScriptModule):
-        return "it is scripted"
     if isinstance(layer, nn.SyncBatchNorm):
         return "its statistics are those of several processes"
     if type(layer).__module__.startswith(("torch.ao.", "torch.nn.intrinsic", "torch.nn.quantized")):
@@ -91,7 +98,7 @@ def obstacle(layer: nn.Module) -> str | None:
 def unknown(layer: nn.Module) -> str:
     """What to say of a layer that has no conversion."""
     kind = type(layer).__name__
-    if isinstance(layer, (_NormBase, *_TORCH, Norm)):
+    if isinstance(layer, (_NormBase, *TORCH, Norm)):
         return f"{kind} is a subclass that may do more; say what it means with nw.register_converter"
     return f"nothing is known of {kind}; say what it means with nw.register_converter"
 
@@ -136,7 +143,7 @@ def _rms_2d(layer: Any, make: type[RMSNorm2d] = RMSNorm2d) -> Norm:
     return make(_width(layer), _eps(layer), layer.weight is not None, device="meta")
 
 
-_TORCH: dict[type[nn.Module], Callable[[Any], Norm]] = {
+TORCH: dict[type[nn.Module], Callable[[Any], Norm]] = {
     nn.BatchNorm1d: _batch,
     nn.BatchNorm2d: _batch,
     nn.BatchNorm3d: _batch,
@@ -153,22 +160,16 @@ _HARMLESS |= {"extra_repr", "__repr__", "reset_parameters", "__firstlineno__", "
 
 def _torchs(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The class of torch's that a class is, or adds nothing to."""
-    for base in kind.__mro__:
-        if base in _TORCH:
-            return base
-        if not vars(base).keys() <= _HARMLESS:
-            return None
-    return None
+    own = [base for base in kind.__mro__ if not base.__module__.startswith("torch.nn.") and base is not object]
+    if any(not vars(base).keys() <= _HARMLESS for base in own):
+        return None
+    return next((base for base in kind.__mro__ if base in TORCH), None)
 
 
 def _adds_nothing(kind: type[nn.Module]) -> bool:
     """Whether a class is one of normwise's, or a subclass that changes no behaviour."""
-    for base in kind.__mro__:
-        if base.__module__.startswith("normwise."):
-            return True
-        if not vars(base).keys() <= _HARMLESS:
-            return False
-    return False
+    others = [b for b in kind.__mro__ if not b.__module__.startswith(("normwise.", "torch.nn.")) and b is not object]
+    return all(vars(base).keys() <= _HARMLESS for base in others)
 
 
 # ---------------------------------------------------------------- timm's, Hugging Face's and torchvision's, by name
@@ -242,7 +243,9 @@ def _either_rms(layer: Any) -> Norm:
 def _is_offset(layer: Any) -> bool:
     """Whether the gain is 1 + weight: what becomes of an input of ones tells it from the weight."""
     weight = layer.weight
-    gain = layer(torch.ones_like(weight)[None])[0]
+    if weight.is_meta:
+        raise AttributeError("no values to tell it from")
+    gain = layer.forward(torch.ones_like(weight)[None])[0]
     return bool((gain - weight).abs().mean() > (gain - weight - 1).abs().mean())
 
 
@@ -264,3 +267,32 @@ _NAMES: list[Row] = [
     (r"T5LayerNorm|\w*RMSNorm", _either_rms, RMSNorm),
     (r"\w+LayerNorm", _either_layer, LayerNorm),
 ]
+
+
+# ------------------------------------------------------------------------------------------------------ back to torch
+
+BY_RANK: dict[type[nn.Module], dict[int, Callable[..., nn.Module]]] = {
+    BatchNorm: {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d},
+    InstanceNorm: {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d},
+}
+
+
+def to_torch(layer: Norm, rank: int | None) -> nn.Module | None:
+    """torch's layer with the same declaration and without values; None: there is none, or the rank is not known."""
+    like: Any = layer
+    options: dict[str, Any] = {"device": "meta"}
+    if type(layer) in BY_RANK:
+        origin = layer.__dict__.get("adopted_from")
+        make = origin if origin in BY_RANK[type(layer)].values() else BY_RANK[type(layer)].get(rank or 0)
+        if make is None:
+            return None
+        rates = like.num_features, like.eps, like.momentum
+        return cast("nn.Module", make(*rates, like.affine, like.track_running_stats, **options))
+    if type(layer) is GroupNorm:
+        return nn.GroupNorm(like.num_groups, like.num_channels, like.eps, like.affine, **options)
+    if type(layer) is LayerNorm:
+        has_weight, has_bias = layer.weight is not None, layer.bias is not None
+        return nn.LayerNorm(like.normalized_shape, like.eps, has_weight, has_bias, **options)
+    if type(layer) is RMSNorm:
+        return nn.RMSNorm(like.normalized_shape, like.eps, layer.weight is not None, **options)
+    return None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normwise.surgery.places import Place
+from normwise.places import Place
 
 
 class Edits:
@@ -65,10 +65,7 @@ class Edits:
     def set_values(self, tensor: Tensor, values: Tensor) -> None:
         """Give a parameter or buffer other values; it stays the same object, and its old memory is kept for undo."""
         old = tensor.data
-        values = values.detach().to(device=old.device, dtype=old.dtype)
-        if values.stride() != old.stride():
-            values = torch.empty_like(old).copy_(values)
-        self.set_attribute(tensor, "data", values)
+        self.set_attribute(tensor, "data", torch.empty_like(old).copy_(values.detach()))
 
     def set_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         """Register another parameter, or none, under a name that is registered already."""

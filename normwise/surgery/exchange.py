@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy as copying
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 
 from normwise.errors import SurgeryError
 from normwise.norm import Norm
-from normwise.record import Line, Record
+from normwise.places import Place, places
+from normwise.record import Line, Record, shown
 from normwise.surgery.edits import Edits
-from normwise.surgery.places import Place, places
 
 _TORCHS = frozenset(nn.Module().__dict__)
 HOOKS = tuple(name for name, value in nn.Module().__dict__.items() if "hook" in name and isinstance(value, dict))
@@ -62,10 +61,10 @@ def opened(model: nn.Module, *, copy: bool) -> nn.Module:
     """
     check_readable(model)
     for path, module in model.named_modules():
-        kind = type(module).__name__
-        way_out = _WRAPPERS.get("FullyShardedDataParallel" if kind.startswith("FSDP") else kind)
-        if way_out is not None:
-            raise SurgeryError(f"{path or 'the model'} is a {kind}: {way_out}")
+        for base in type(module).__mro__:
+            for home, way_out in _WRAPPERS.items():
+                if base.__module__.startswith(home):
+                    raise SurgeryError(f"{path or 'the model'} is a {type(module).__name__}: {way_out}")
     return copying.deepcopy(model) if copy else model
 
 
@@ -81,11 +80,12 @@ def check_readable(model: nn.Module) -> None:
         raise SurgeryError("a scripted model cannot be looked into: operate on the module it was scripted from")
 
 
-_WRAPPERS = {
-    "DistributedDataParallel": "operate on its .module before it is wrapped; its buckets know the old parameters",
-    "DataParallel": "operate on its .module",
-    "FullyShardedDataParallel": "operate on the model before it is sharded",
-    "OptimizedModule": "operate on its ._orig_mod, and compile that again",
+_WRAPPERS = {  # the modules of their classes
+    "torch.nn.parallel.distributed": "operate on its .module before it is wrapped; its buckets know the old parameters",
+    "torch.nn.parallel.data_parallel": "operate on its .module",
+    "torch.distributed.fsdp": "operate on the model before it is sharded",
+    "torch.distributed._composable": "operate on the model before it is sharded",
+    "torch._dynamo": "operate on its ._orig_mod, and compile that again",
 }
 
 
@@ -115,16 +115,6 @@ def exchange(model: nn.Module, edits: Edits, decide: Decide) -> Record:
         changed.append(Line(site.path, before, shown(new), _with_names(decision.why, site)))
     record = Record("", root, tuple(changed), tuple(left), inverse=edits.undo, original=model)
     return with_stale_parameters(record, parameters)
-
-
-def shown(module: nn.Module) -> str:
-    """A layer's class and sizes.
-
-    >>> shown(nn.GroupNorm(2, 8))
-    'GroupNorm(2, 8)'
-    """
-    sizes = re.split(r",? ?\b\w+=|;", module.extra_repr(), maxsplit=1)[0]
-    return f"{type(module).__name__}({sizes})"
 
 
 def _with_names(why: str, site: Site) -> str:
@@ -157,7 +147,7 @@ def _missing(names: dict[str, nn.Parameter], there: Iterable[nn.Parameter]) -> l
     return [name for name, parameter in names.items() if id(parameter) not in known]
 
 
-def _listed(names: list[str], most: int = 6) -> str:
+def _listed(names: list[str], most: int = 3) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -171,20 +161,37 @@ def move_over(old: nn.Module, new: nn.Module) -> str | None:
     keys, new_keys = set(old.state_dict(keep_vars=True)), set(_state(new))
     if keys != new_keys:
         return f"its state has the keys {', '.join(sorted(keys))}, and here it would have {', '.join(sorted(new_keys))}"
+    held = [name for slots in (old._modules, old._buffers) for name, value in slots.items() if value is not None]
+    more = [name for name in held if name not in (*new._modules, *new._buffers)]
+    if more:
+        return f"it holds more than a normalization does: {', '.join(more)}"
+    for name, parameter in new._parameters.items():
+        given = old._parameters.get(name)
+        if parameter is not None and given is not None and parameter.shape != given.shape:
+            return f"its {name} has shape {tuple(given.shape)}, where its settings say {tuple(parameter.shape)}"
+    share_tensors(old, new)
+    inherit(old, new)
+    return None
+
+
+def share_tensors(old: nn.Module, new: nn.Module) -> None:
+    """Give a new layer the old one's parameters and buffers, those that it has a name for."""
     for slots, given in ((new._parameters, old._parameters), (new._buffers, old._buffers)):
-        for name in slots:
+        for name in [name for name, declared in slots.items() if declared is not None]:
             slots[name] = given.get(name)  # type: ignore[assignment]  # one loop for both kinds
     if isinstance(new, Norm):
         new._widen()
         home = next(iter((*new.parameters(), *new.buffers())), torch.empty(0)).device
         new._skips = None if new._skips is None else torch.zeros(2, dtype=torch.long, device=home)
-    inherit(old, new)
-    return None
 
 
 def inherit(old: nn.Module, new: nn.Module) -> None:
     """Mode, hooks (handles of theirs stay valid) and attributes that somebody put on the old layer."""
-    new.train(old.training)
+    shared = set(old.modules())
+    for module in new.modules():
+        if module not in shared:
+            module.training = old.training
+    new._is_full_backward_hook = old._is_full_backward_hook
     for name in HOOKS:
         new.__dict__[name] = old.__dict__[name]
     for name, value in old.__dict__.items():

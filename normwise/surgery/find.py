@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from normwise.batches import Forward, feed
-from normwise.record import table
-from normwise.surgery.exchange import Site, check_readable, shown, sites
+from normwise.record import shown, table
+from normwise.surgery.exchange import Site, check_readable, sites
 from normwise.surgery.flow import Flow, trace
 from normwise.surgery.kinds import Kind, kind_of
 from normwise.surgery.probes import found_batch
@@ -106,7 +107,7 @@ def _found(site: Site, kind: Kind, flow: Flow | None) -> Found:
         kind=kind.name,
         pattern=None if spec is None else spec.text,
         sizes={} if spec is None else dict(spec.sizes),
-        parameters={name: tuple(parameter.shape) for name, parameter in layer.named_parameters(recurse=False)},
+        parameters={name: _shape(parameter) for name, parameter in layer.named_parameters(recurse=False)},
         memory=dict(_memory(layer)) or None,
         batches=None if batches is None or batches.is_meta else int(batches.max()),
         training=layer.training,
@@ -120,7 +121,13 @@ def _found(site: Site, kind: Kind, flow: Flow | None) -> Found:
 
 def _memory(layer: nn.Module) -> Iterator[tuple[str, tuple[float, float]]]:
     for name, buffer in layer._buffers.items():
-        if name.startswith("running_") and buffer is not None and not buffer.is_meta and buffer.numel():
+        if (
+            name.startswith("running_")
+            and buffer is not None
+            and not buffer.is_meta
+            and not is_lazy(buffer)
+            and buffer.numel()
+        ):
             low, high = torch.aminmax(buffer)
             yield name.removeprefix("running_"), (float(low), float(high))
 
@@ -133,6 +140,11 @@ def _row(found: Found) -> tuple[str, ...]:
     calls = "?" if found.calls is None else str(found.calls)
     path = ", ".join([found.path, *found.also])
     return path, found.layer, found.pattern or f"? {found.reason}", parameters, memory, calls, ", ".join(found.users)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape; none for what has no size yet."""
+    return () if is_lazy(tensor) else tuple(tensor.shape)
 
 
 def _written(shape: tuple[int, ...]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normwise.batches import tensors_in
+from normwise.places import all_modules
 
 WHOLES = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 
@@ -103,7 +104,7 @@ def trace(model: nn.Module, run: Callable[[], Any], wholes: Iterable[nn.Module] 
     flow = Flow()
     seen_as_wholes = {id(module) for module in wholes}
     with ExitStack() as hooks, torch.no_grad(), _Recorder(flow) as recorder:
-        for path, module in model.named_modules():
+        for module, path in all_modules(model).items():
             if id(module) in seen_as_wholes or isinstance(module, WHOLES):
                 recorder.watch(path, module, hooks)
             else:
@@ -134,12 +135,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch do
             step.takes = [self._flow.read(tensor, step) for tensor in tensors_in((args, kwargs))]
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not self._inside or self._inside[-1].layer is not layer:  # one before it in line has failed
+                return
             step = self._inside.pop()
             step.writes = [self._flow.value(tensor) for tensor in tensors_in(output)]
 
         for handle in (
             layer.register_forward_pre_hook(before, with_kwargs=True),
-            layer.register_forward_hook(after, prepend=True),
+            layer.register_forward_hook(after, prepend=True, always_call=True),
         ):
             hooks.callback(handle.remove)
 
@@ -147,12 +150,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch do
         """Know that operations happen within a module."""
         for handle in (
             module.register_forward_pre_hook(lambda *_: self._paths.append(path)),
-            module.register_forward_hook(lambda *_: self._leave(), prepend=True),
+            module.register_forward_hook(lambda *_: self._leave(path), prepend=True, always_call=True),
         ):
             hooks.callback(handle.remove)
 
-    def _leave(self) -> None:
-        self._paths.pop()
+    def _leave(self, path: str) -> None:
+        if self._paths and self._paths[-1] == path:
+            self._paths.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))

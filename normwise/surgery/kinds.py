@@ -69,7 +69,16 @@ def kind_of_spec(spec: NormSpec) -> str:
 
 
 def channel_dim(spec: NormSpec, rank: int) -> int | None:
-    """The dimension of a tensor of that many dimensions that holds the channels; None: there is not one such.
+    """The dimension of a tensor of that many dimensions that holds the channels; None: there is not one such."""
+    found, dims = channel_place(spec), spec.pattern.dims
+    if found is None:
+        return None
+    open_at = next((at for at, dim in enumerate(dims) if dim[0].name == ELLIPSIS), len(dims))
+    return found if found < open_at else found - len(dims) + rank
+
+
+def channel_place(spec: NormSpec) -> int | None:
+    """Which of the pattern's dimensions holds the channels; None: there is not one such.
 
     It is the dimension of the recovery's or the memory's axes; without them the one that is split into groups, or the
     only named one after the first.
@@ -79,10 +88,7 @@ def channel_dim(spec: NormSpec, rank: int) -> int | None:
     found = [at for at, dim in enumerate(dims) if named & {axis.name for axis in dim}]
     found = found or [at for at, dim in enumerate(dims) if len(dim) > 1]
     found = found or [at for at, dim in enumerate(dims) if at > 0 and dim[0].name != ELLIPSIS]
-    if len(found) != 1:
-        return None
-    open_at = next((at for at, dim in enumerate(dims) if dim[0].name == ELLIPSIS), len(dims))
-    return found[0] if found[0] < open_at else found[0] - len(dims) + rank
+    return found[0] if len(found) == 1 else None
 
 
 def _kept(pattern: Pattern) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from normwise.batches import Forward, feed, mapped
 from normwise.errors import SurgeryError
@@ -46,8 +48,8 @@ def probes_for(model: nn.Module, batch: Any = None, forward: Forward | None = No
 def found_batch(model: nn.Module) -> Any:
     """A batch that the model takes; None: none was found.
 
-    Tried are what the model itself offers (Hugging Face's `dummy_inputs` and `main_input_name`), then shapes that fit
-    its first layers.
+    Tried are what the model itself says of its inputs (Hugging Face's `main_input_name` and `config`), then shapes that
+    fit its first layers.
     """
     return next((batch for batch in _candidates(model) if _takes(model, batch)), None)
 
@@ -65,13 +67,14 @@ def _candidates(model: nn.Module) -> Iterator[Any]:
     generator = torch.Generator().manual_seed(0)
     yield from _offered(model, generator)
     for layer in model.modules():
-        if isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.RNNBase)):
+        first = isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.RNNBase))
+        if first and not any(is_lazy(parameter) for parameter in layer.parameters()):
             yield from (x.to(_dtype(model)) if x.is_floating_point() else x for x in _for_layer(layer, generator))
             return
     for layer in model.modules():
         width = _width(layer)
         if width is not None:
-            for shape in ((6, width), (4, width, 7), (4, width, 5, 6), (4, 5, width), (3, width, 4, 3, 2)):
+            for shape in _shapes(layer, width):
                 yield torch.randn(shape, generator=generator).to(_dtype(model))
 
 
@@ -116,6 +119,15 @@ def _for_layer(layer: nn.Module, generator: torch.Generator) -> Iterator[Tensor]
             for channels in (1, 3):
                 if channels * side * side == layer.in_features:
                     yield torch.randn(4, channels, side, side, generator=generator)
+
+
+def _shapes(layer: nn.Module, width: int) -> list[tuple[int, ...]]:
+    """Shapes for a layer of a width; a layer whose class says how many dimensions it takes gets those."""
+    shapes = [(6, width), (4, width, 7), (4, width, 5, 6), (4, 5, width), (3, width, 4, 3, 2)]
+    dims = re.search(r"([123])d", type(layer).__name__)
+    if dims is None:
+        return shapes
+    return [shape for shape in shapes if len(shape) == int(dims[1]) + 2 and shape[1] == width] + shapes[:1]
 
 
 def _width(layer: nn.Module) -> int | None:

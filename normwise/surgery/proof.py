@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from normwise.batches import Forward, feed, mapped, tensors_in
 from normwise.errors import SurgeryError
+from normwise.places import all_modules
 from normwise.record import Check
 from normwise.surgery.edits import Edits
 from normwise.surgery.probes import Probe
@@ -25,8 +26,8 @@ Outputs = list[Tensor]
 class Proof:
     """What a model computed before an operation, to be compared with what it computes afterwards.
 
-    Both are run in the model's own mode and dtype, with the same random numbers, and leave no trace. In training mode
-    the moving statistics that come of it are compared as well.
+    Both are run in the model's own mode and dtype, with the same random numbers, and leave no trace. A model in
+    training mode is run in evaluation as well, with the memory that the training forward has left.
 
     Args:
         operation: Its name, for the error.
@@ -46,13 +47,15 @@ class Proof:
         A difference above the tolerance is allowed only where it is rounding: in float64 the two then agree, and the
         original is off by as much itself.
 
+        The first probe is run with gradients, because changes in place may be refused there.
+
         Raises:
             SurgeryError: the model computes something else; what was edited is undone.
         """
         checks = []
         for probe, before in zip(self._probes, self._before, strict=True):
             try:
-                after = outputs_of(model, probe, self._forward)
+                after = outputs_of(model, probe, self._forward, gradients=probe is self._probes[0])
             except Exception as error:
                 edits.undo()
                 raise SurgeryError(
@@ -94,14 +97,13 @@ class Proof:
         )
 
 
-def outputs_of(model: nn.Module, probe: Probe, forward: Forward | None = None) -> Outputs:
-    """What comes out, and in training mode what the forward left in the buffers."""
-    with untouched(model), torch.no_grad():
+def outputs_of(model: nn.Module, probe: Probe, forward: Forward | None = None, *, gradients: bool = False) -> Outputs:
+    """What comes out; in training mode also in evaluation afterwards, with the memory that the forward has left."""
+    with untouched(model), torch.set_grad_enabled(gradients):
         seed(_SEED)
-        outputs = [tensor.clone() for tensor in tensors_in(feed(model, probe.batch, forward))]
+        outputs = [tensor.detach().clone() for tensor in tensors_in(feed(model, probe.batch, forward))]
         if model.training:
-            buffers = dict(model.named_buffers())
-            outputs += [buffers[name].clone() for name in sorted(buffers) if ".running_" in f".{name}"]
+            outputs += [tensor.detach() for tensor in tensors_in(feed(model.eval(), probe.batch, forward))]
         return outputs
 
 
@@ -113,10 +115,16 @@ def distance(a: Outputs, b: Outputs) -> float:
     """
     if [x.shape for x in a] != [x.shape for x in b]:
         return float("inf")
-    return max((_distance(x.double(), y.double()) for x, y in zip(a, b, strict=True) if x.numel()), default=0.0)
+    return max((_distance(_widest(x), _widest(y)) for x, y in zip(a, b, strict=True) if x.numel()), default=0.0)
+
+
+def _widest(x: Tensor) -> Tensor:
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
+    if a.is_meta or b.is_meta:  # shapes are all there is
+        return 0.0
     same = (a == b) | (a.isnan() & b.isnan())
     if same.all():
         return 0.0
@@ -128,7 +136,8 @@ def _distance(a: Tensor, b: Tensor) -> float:
 @contextmanager
 def in_double(model: nn.Module) -> Iterator[None]:
     """Within this context the model's floating-point parameters and buffers are in float64."""
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    held = (t for m in all_modules(model) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
+    tensors = list({id(tensor): tensor for tensor in held if tensor.is_floating_point()}.values())
     before = [tensor.data for tensor in tensors]
     try:
         for tensor in tensors:

@@ -48,6 +48,14 @@ def places(model: nn.Module) -> list[Place]:
     return found
 
 
+def all_modules(model: nn.Module) -> dict[nn.Module, str]:
+    """Every module of a model, those in plain lists and attributes included, with its first path."""
+    found: dict[nn.Module, str] = {}
+    for place in places(model):
+        found.setdefault(place.module, place.path)
+    return found
+
+
 def _visit(path: str, module: nn.Module, seen: set[nn.Module], found: list[Place]) -> None:
     """The places in a module and below, each module visited once."""
     if module in seen:
@@ -66,22 +74,21 @@ def _held_by(path: str, module: nn.Module) -> Iterator[Place]:
             yield Place(prefix + name, child, True, _setter(module._modules, name))
     for name, value in module.__dict__.items():
         if name not in _TORCHS:
-            yield from _in_value(prefix + name, value, _setter(module.__dict__, name), set())
+            yield from _in_value(prefix + name, value, _setter(module.__dict__, name), ())
 
 
 _TORCHS = frozenset(nn.Module().__dict__)  # what torch itself keeps in a module
 
 
-def _in_value(path: str, value: Any, put: Callable[[Any], None], seen: set[int]) -> Iterator[Place]:
+def _in_value(path: str, value: Any, put: Callable[[Any], None], within: tuple[int, ...]) -> Iterator[Place]:
     """The modules in an attribute's value, however deep in lists, tuples and dictionaries."""
     if isinstance(value, nn.Module):
         yield Place(path, value, False, put)
-    elif isinstance(value, (list, tuple, dict)) and id(value) not in seen:
-        seen.add(id(value))
+    elif isinstance(value, (list, tuple, dict)) and id(value) not in within:
         current = list(value) if isinstance(value, tuple) else []
         for key in list(value) if isinstance(value, dict) else range(len(value)):
             into = _tuple_setter(value, current, key, put) if isinstance(value, tuple) else _setter(value, key)
-            yield from _in_value(f"{path}[{key!r}]", value[key], into, seen)
+            yield from _in_value(f"{path}[{key!r}]", value[key], into, (*within, id(value)))
 
 
 def _setter(holder: Any, key: Any) -> Callable[[Any], None]:
@@ -98,6 +105,9 @@ def _tuple_setter(
 
     def put_all(new: Any) -> None:
         current[at] = new
-        put(value._make(current) if hasattr(value, "_make") else type(value)(current))
+        if all(now is before for now, before in zip(current, value, strict=True)):
+            put(value)
+        else:
+            put(value._make(current) if hasattr(value, "_make") else type(value)(current))
 
     return put_all

@@ -1,0 +1,282 @@
+"""The words of the command line for finished models: `normwise inspect`, `swap`, `fold`, `recalibrate`."""
+
+from __future__ import annotations
+
+import json as jsons
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from normwise.console import plainly, shape_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from normwise.record import Record
+    from normwise.sources import Code, Input
+    from normwise.surgery.find import Normalizations
+
+app = typer.Typer()
+
+Model = Annotated[str, typer.Argument(help="module:factory; it is called without arguments.")]
+Weights = Annotated[
+    Path | None, typer.Option(help="A .safetensors or .pt file with its weights. [default: the factory's]")
+]
+Out = Annotated[Path, typer.Option(help="The file to write, .safetensors or .pt; never the one that is read.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")]
+Shape = Annotated[str | None, typer.Option(help="Shape of a random input, for example 2,3,224,224.")]
+Ids = Annotated[int | None, typer.Option(min=1, help="With --shape: token ids below this number.")]
+Data = Annotated[str | None, typer.Option(help="module:function that returns a batch, or batches.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+
+
+@app.command("inspect")
+def inspect_(
+    model: Model,
+    weights: Weights = None,
+    shape: Shape = None,
+    ids: Ids = None,
+    data: Data = None,
+    json: Json = False,
+) -> None:
+    """List the normalizations of a model: what they are, what they remember, and who reads them."""
+    with plainly():
+        from normwise.surgery.find import find
+
+        with _user_code(f"inspect of {model!r}"):
+            made = _loaded(model, weights)
+            given = _input(made, shape, ids, data)
+            found = find(made, None if given is None else given.batch)
+        typer.echo(jsons.dumps(found.to_dict(), indent=2) if json else f"{found}\n\n{_summary(made, found)}")
+
+
+@app.command()
+def fold(
+    model: Model,
+    out: Out,
+    weights: Weights = None,
+    steps: Annotated[
+        str | None, typer.Option(help="Which of statistics,gain,bias,center. [default: all of them]")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="The largest difference of outputs that is allowed.")] = 1e-4,
+    shape: Shape = None,
+    ids: Ids = None,
+    data: Data = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Fold normalizations into the layers around them; in evaluation the model computes the same."""
+    with plainly():
+        from normwise.surgery.fold import STEPS
+        from normwise.surgery.fold import fold as operate
+
+        job = Job(model, weights, out, json)
+        _check(job, force)
+        with _user_code(f"fold of {model!r}"):
+            made = _loaded(model, weights).eval()
+            given = _input(made, shape, ids, data) or _findable(made)
+            wanted = STEPS if steps is None else tuple(step.strip() for step in steps.split(","))
+            record = operate(made, given and given.batch, steps=wanted, tolerance=tolerance)
+        options = [] if steps is None else [f"steps={wanted}"]
+        options += [] if tolerance == 1e-4 else [f"tolerance={tolerance}"]
+        _finish(record, job, _python(model, "fold", given, options, mode=".eval()"))
+
+
+@app.command()
+def swap(
+    model: Model,
+    what: Annotated[str, typer.Option(help="batch, instance, group, layer, rms, or l2.")],
+    to: Annotated[str, typer.Option(help="batch, instance, group, group:G, layer, rms, or none.")],
+    out: Out,
+    weights: Weights = None,
+    names: Annotated[
+        list[str] | None, typer.Option(help="Only layers of these paths, as in 'layer1.*'. Can be repeated.")
+    ] = None,
+    shape: Shape = None,
+    ids: Ids = None,
+    data: Data = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Exchange normalizations of one kind for another, keeping gains and biases; then train the model."""
+    with plainly():
+        from normwise.surgery.swap import swap as operate
+
+        job = Job(model, weights, out, json)
+        _check(job, force)
+        with _user_code(f"swap of {model!r}"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"swap: ", UserWarning)  # it is among the record's notes
+            made = _loaded(model, weights)
+            given = _input(made, shape, ids, data)
+            record = operate(made, what, to, names=names or None, batch=None if given is None else given.batch)
+        options = [repr(what), repr(to), *([f"names={names}"] if names else [])]
+        _finish(record, job, _python(model, "swap", None, options))
+
+
+@app.command()
+def recalibrate(
+    model: Model,
+    data: Annotated[str, typer.Option(help="module:function that returns batches.")],
+    out: Out,
+    weights: Weights = None,
+    batches: Annotated[int | None, typer.Option(min=1, help="Use so many batches at most. [default: all]")] = None,
+    layerwise: Annotated[
+        bool, typer.Option("--layerwise", help="One layer after another: exact, and a pass over the data for each.")
+    ] = False,
+    loss: Annotated[
+        str | None, typer.Option(help="Measured before and after: cross_entropy, mse, or module:function.")
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Give every layer that remembers statistics those of these batches joined; nothing is trained."""
+    with plainly():
+        from normwise.sources import Batches
+        from normwise.surgery.recalibrate import recalibrate as operate
+        from normwise.tuning.training import find_loss
+
+        job = Job(model, weights, out, json)
+        _check(job, force)
+        with _user_code(f"recalibrate of {model!r}"):
+            measured = None if loss is None else find_loss(loss)
+            made = _loaded(model, weights)
+            record = operate(made, Batches(data, batches), loss=measured, layerwise=layerwise)
+        _finish(record, job, _python(model))
+
+
+# ---------------------------------------------------------------------------------------------------- what all share
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is read and written."""
+
+    model: str
+    weights: Path | None
+    out: Path
+    json: bool
+
+
+def _check(job: Job, force: bool) -> None:
+    from normwise.weights import check_out
+
+    check_out(job.out, job.weights, force=force)
+
+
+@contextmanager
+def _user_code(what: str) -> Iterator[None]:
+    """What the user's code prints goes to standard error, and what it raises is one line."""
+    import sys
+
+    from normwise.sources import operating
+
+    with redirect_stdout(sys.stderr), operating(what):
+        yield
+
+
+def _loaded(model: str, weights: Path | None) -> nn.Module:
+    from normwise.sources import loaded
+
+    made, notes = loaded(model, weights)
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
+    return made
+
+
+def _input(model: nn.Module, shape: str | None, ids: int | None, data: str | None) -> Input | None:
+    from normwise.sources import given_input
+
+    return given_input(model, None if shape is None else shape_of(shape), ids, data)
+
+
+def _findable(model: nn.Module) -> None:
+    """Refuse a model for which no input can be found."""
+    from normwise.errors import SurgeryError
+    from normwise.surgery.probes import found_batch
+
+    if found_batch(model) is None:
+        raise SurgeryError(
+            f"no input was found that {type(model).__name__} takes: give --shape 2,3,224,224 (for token ids with "
+            "--ids 1000), or --data module:function"
+        )
+
+
+def _python(
+    model: str, operation: str = "", given: Input | None = None, options: Sequence[str] = (), mode: str = ""
+) -> Code:
+    """Python that makes the model that the weights then belong to."""
+    from normwise.sources import Code, calling
+
+    make = calling(model)
+    if not operation:
+        return make
+    batch = None if given is None else given.code
+    arguments = ", ".join([make.text + mode, *([batch.text] if batch else []), *options])
+    imports = ("import normwise as nw", *make.imports, *(batch.imports if batch else ()))
+    return Code(f"nw.{operation}({arguments}).model", imports)
+
+
+def _finish(record: Record, job: Job, python: Code) -> None:
+    """Write the weights and say so; exit code 1 if there is nothing to write."""
+    from normwise.weights import write
+
+    text = record.to_json() if job.json else str(record)
+    if not record.changed:
+        typer.echo(text)
+        typer.echo(f"{record.operation} changed nothing, and nothing is written", err=True)
+        raise typer.Exit(1)
+    state = record.model.state_dict()
+    write(state, job.out, _metadata(record, python))
+    typer.echo(text)
+    if not job.json:
+        typer.echo(f"\nwritten: {job.out}, {len(state)} tensors, {job.out.stat().st_size / 1e6:.3g} MB")
+        typer.echo("\n".join(["to load it:", *(f"  {line}" for line in _to_load(job.out, python))]))
+
+
+def _metadata(record: Record, python: Code) -> dict[str, str]:
+    from importlib import metadata
+
+    from normwise.weights import NOTE
+
+    changed = {line.path: line.after for line in record.changed}
+    note: dict[str, Any] = {
+        "operation": record.operation,
+        "version": metadata.version("normwise"),
+        "imports": list(python.imports),
+        "python": f"model = {python.text}",
+        "changed": changed,
+    }
+    return {NOTE: jsons.dumps(note)}
+
+
+def _to_load(out: Path, python: Code) -> list[str]:
+    """Lines of Python that load a file into the model that it belongs to."""
+    from normwise.weights import SAFETENSORS
+
+    if out.suffix == SAFETENSORS:
+        read, needed = f"load_file({str(out)!r})", "from safetensors.torch import load_file"
+    else:
+        read, needed = f"torch.load({str(out)!r}, weights_only=True)", "import torch"
+    imports = sorted({needed, *python.imports}, key=lambda line: (line.startswith("from"), line))
+    return [*imports, f"model = {python.text}", f"model.load_state_dict({read})"]
+
+
+def _summary(model: nn.Module, found: Normalizations) -> str:
+    """How many normalizations of which kinds, and how many parameters."""
+    from torch.nn.parameter import is_lazy
+
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(one.kind for one in found).items())
+    sized = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
+    unsized = len(list(model.parameters())) - len(sized)
+    text = f"{len(found)} normalization{'s' * (len(found) != 1)}{f' ({kinds})' * bool(kinds)}; "
+    text += f"{sum(parameter.numel() for parameter in sized):,} parameters"
+    text += f", and {unsized} tensors without a size yet" * bool(unsized)
+    if found and all(one.calls is None for one in found):
+        text += "\nno input was found: --shape or --data gives one, to count calls and see who reads what"
+    return text
