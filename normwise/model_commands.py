@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json as jsons
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,7 +52,7 @@ def inspect_(
         with _user_code(f"inspect of {model!r}"):
             made = _loaded(model, weights)
             given = _input(made, shape, ids, data)
-            found = find(made, None if given is None else given.batch)
+            found = find(made, _batch(given))
         typer.echo(jsons.dumps(found.to_dict(), indent=2) if json else f"{found}\n\n{_summary(made, found)}")
 
 
@@ -64,7 +64,9 @@ def fold(
     steps: Annotated[
         str | None, typer.Option(help="Which of statistics,gain,bias,center. [default: all of them]")
     ] = None,
-    tolerance: Annotated[float, typer.Option(help="The largest difference of outputs that is allowed.")] = 1e-4,
+    tolerance: Annotated[
+        float | None, typer.Option(help="The largest difference of outputs that is allowed. [default: 1e-4]")
+    ] = None,
     shape: Shape = None,
     ids: Ids = None,
     data: Data = None,
@@ -73,19 +75,19 @@ def fold(
 ) -> None:
     """Fold normalizations into the layers around them; in evaluation the model computes the same."""
     with plainly():
-        from normwise.surgery.fold import STEPS
         from normwise.surgery.fold import fold as operate
 
-        job = Job(model, weights, out, json)
-        _check(job, force)
+        _check_out(out, weights, force)
         with _user_code(f"fold of {model!r}"):
             made = _loaded(model, weights).eval()
-            given = _input(made, shape, ids, data) or _findable(made)
-            wanted = STEPS if steps is None else tuple(step.strip() for step in steps.split(","))
-            record = operate(made, given and given.batch, steps=wanted, tolerance=tolerance)
-        options = [] if steps is None else [f"steps={wanted}"]
-        options += [] if tolerance == 1e-4 else [f"tolerance={tolerance}"]
-        _finish(record, job, _python(model, "fold", given, options, mode=".eval()"))
+            given = _input(made, shape, ids, data)
+            if given is None:
+                _check_findable(made)
+            wanted = None if steps is None else [step.strip() for step in steps.split(",")]
+            options = _given(steps=wanted, tolerance=tolerance)
+            record = operate(made, _batch(given), **options)
+        batch = [] if given is None else [given.code]
+        _finish(record, out, _python("fold", [_made_again(model, ".eval()"), *batch], options), json)
 
 
 @app.command()
@@ -106,17 +108,17 @@ def swap(
 ) -> None:
     """Exchange normalizations of one kind for another, keeping gains and biases; then train the model."""
     with plainly():
+        from normwise.sources import Code
         from normwise.surgery.swap import swap as operate
 
-        job = Job(model, weights, out, json)
-        _check(job, force)
+        _check_out(out, weights, force)
         with _user_code(f"swap of {model!r}"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"swap: ", UserWarning)  # it is among the record's notes
             made = _loaded(model, weights)
             given = _input(made, shape, ids, data)
-            record = operate(made, what, to, names=names or None, batch=None if given is None else given.batch)
-        options = [repr(what), repr(to), *([f"names={names}"] if names else [])]
-        _finish(record, job, _python(model, "swap", None, options))
+            options = _given(names=names or None)
+            record = operate(made, what, to, batch=_batch(given), **options)
+        _finish(record, out, _python("swap", [_made_again(model), Code(repr(what)), Code(repr(to))], options), json)
 
 
 @app.command()
@@ -141,39 +143,26 @@ def recalibrate(
         from normwise.surgery.recalibrate import recalibrate as operate
         from normwise.tuning.training import find_loss
 
-        job = Job(model, weights, out, json)
-        _check(job, force)
+        _check_out(out, weights, force)
         with _user_code(f"recalibrate of {model!r}"):
             measured = None if loss is None else find_loss(loss)
             made = _loaded(model, weights)
             record = operate(made, Batches(data, batches), loss=measured, layerwise=layerwise)
-        _finish(record, job, _python(model))
+        _finish(record, out, _made_again(model), json)
 
 
 # ---------------------------------------------------------------------------------------------------- what all share
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is read and written."""
-
-    model: str
-    weights: Path | None
-    out: Path
-    json: bool
-
-
-def _check(job: Job, force: bool) -> None:
+def _check_out(out: Path, weights: Path | None, force: bool) -> None:
     from normwise.weights import check_out
 
-    check_out(job.out, job.weights, force=force)
+    check_out(out, weights, force=force)
 
 
 @contextmanager
 def _user_code(what: str) -> Iterator[None]:
     """What the user's code prints goes to standard error, and what it raises is one line."""
-    import sys
-
     from normwise.sources import operating
 
     with redirect_stdout(sys.stderr), operating(what):
@@ -195,7 +184,11 @@ def _input(model: nn.Module, shape: str | None, ids: int | None, data: str | Non
     return given_input(model, None if shape is None else shape_of(shape), ids, data)
 
 
-def _findable(model: nn.Module) -> None:
+def _batch(given: Input | None) -> Any:
+    return None if given is None else given.batch
+
+
+def _check_findable(model: nn.Module) -> None:
     """Refuse a model for which no input can be found."""
     from normwise.errors import SurgeryError
     from normwise.surgery.probes import found_batch
@@ -207,36 +200,42 @@ def _findable(model: nn.Module) -> None:
         )
 
 
-def _python(
-    model: str, operation: str = "", given: Input | None = None, options: Sequence[str] = (), mode: str = ""
-) -> Code:
-    """Python that makes the model that the weights then belong to."""
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given; for the others the operation has its own defaults."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _made_again(model: str, mode: str = "") -> Code:
     from normwise.sources import Code, calling
 
-    make = calling(model)
-    if not operation:
-        return make
-    batch = None if given is None else given.code
-    arguments = ", ".join([make.text + mode, *([batch.text] if batch else []), *options])
-    imports = ("import normwise as nw", *make.imports, *(batch.imports if batch else ()))
-    return Code(f"nw.{operation}({arguments}).model", imports)
+    call = calling(model)
+    return Code(call.text + mode, call.imports)
 
 
-def _finish(record: Record, job: Job, python: Code) -> None:
+def _python(operation: str, arguments: Sequence[Code], options: dict[str, Any]) -> Code:
+    """Python that does the operation again, and so makes the model that the weights belong to."""
+    from normwise.sources import Code
+
+    texts = [argument.text for argument in arguments] + [f"{name}={value!r}" for name, value in options.items()]
+    imports = [line for argument in arguments for line in argument.imports]
+    return Code(f"nw.{operation}({', '.join(texts)}).model", ("import normwise as nw", *imports))
+
+
+def _finish(record: Record, out: Path, python: Code, json: bool) -> None:
     """Write the weights and say so; exit code 1 if there is nothing to write."""
     from normwise.weights import write
 
-    text = record.to_json() if job.json else str(record)
+    text = record.to_json() if json else str(record)
     if not record.changed:
         typer.echo(text)
         typer.echo(f"{record.operation} changed nothing, and nothing is written", err=True)
         raise typer.Exit(1)
     state = record.model.state_dict()
-    write(state, job.out, _metadata(record, python))
+    write(state, out, _metadata(record, python))
     typer.echo(text)
-    if not job.json:
-        typer.echo(f"\nwritten: {job.out}, {len(state)} tensors, {job.out.stat().st_size / 1e6:.3g} MB")
-        typer.echo("\n".join(["to load it:", *(f"  {line}" for line in _to_load(job.out, python))]))
+    if not json:
+        typer.echo(f"\nwritten: {out}, {len(state)} tensors, {out.stat().st_size / 1e6:.3g} MB")
+        typer.echo("\n".join(["to load it:", *(f"  {line}" for line in _to_load(out, python))]))
 
 
 def _metadata(record: Record, python: Code) -> dict[str, str]:

@@ -118,7 +118,7 @@ def _written_by(value: Value, dim: int, stream: Stream) -> Iterator[tuple[Value,
     step = value.writer
     if step is None:
         if not isinstance(value.tensor, nn.Parameter):
-            raise _RefusedError("an input or a constant is added to what it normalizes")
+            raise _RefusedError("what it normalizes is, or has added to it, an input or a constant")
         stream.constants.append((value.tensor, dim))
     elif step.layer is not None:
         yield from _of_source(step, dim, stream)

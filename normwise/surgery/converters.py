@@ -38,13 +38,15 @@ def register_converter(layer: type[nn.Module] | str, convert: Converter) -> None
         convert: From a layer of that class to a new one of normwise's with the same declaration. Parameters and buffers
             of the same names are moved over to it by whoever asked.
 
-    >>> class Scaled(nn.BatchNorm1d):
+    >>> class Logged(nn.BatchNorm1d):
     ...     def forward(self, input):
-    ...         return 2 * super().forward(input)
+    ...         self.seen = input.shape
+    ...         return super().forward(input)
     >>> def convert(old):
-    ...     doubled = nw.Norm("[n] c", nw.Standardize(old.eps / 4), nw.Affine("c"), c=old.num_features)
-    ...     return doubled
-    >>> nw.register_converter(Scaled, convert)
+    ...     return nw.BatchNorm(old.num_features, old.eps, old.momentum)
+    >>> nw.register_converter(Logged, convert)
+    >>> nw.adopt(nn.Sequential(Logged(4)))
+    Record('adopt', 1 changed, 0 left)
     """
     _registered[layer] = convert
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normwise.errors import SurgeryError
 from normwise.norm import Norm
-from normwise.places import Place, places
+from normwise.places import Place, all_modules, places
 from normwise.record import Line, Record, shown
 from normwise.surgery.edits import Edits
 
@@ -115,6 +115,19 @@ def exchange(model: nn.Module, edits: Edits, decide: Decide) -> Record:
         changed.append(Line(site.path, before, shown(new), _with_names(decision.why, site)))
     record = Record("", root, tuple(changed), tuple(left), inverse=edits.undo, original=model)
     return with_stale_parameters(record, parameters)
+
+
+def leave_fast_path(model: nn.Module, edits: Edits) -> None:
+    """Let torch's encoder layers call their norms, where these are no LayerNorms any more.
+
+    In evaluation a `TransformerEncoderLayer` computes layer norms itself, of the parameters of whatever stands there.
+    That it knows the activation is one of its conditions.
+    """
+    for layer in all_modules(model):
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            kept = isinstance(layer.norm1, nn.LayerNorm) and isinstance(layer.norm2, nn.LayerNorm)
+            if layer.activation_relu_or_gelu and not kept:
+                edits.set_attribute(layer, "activation_relu_or_gelu", 0)
 
 
 def _with_names(why: str, site: Site) -> str:

@@ -15,7 +15,7 @@ from normwise.record import Line, Record, shown
 from normwise.surgery.absorb import is_linear
 from normwise.surgery.centre import centre
 from normwise.surgery.edits import Edits
-from normwise.surgery.exchange import named_parameters, opened, sites, with_stale_parameters
+from normwise.surgery.exchange import leave_fast_path, named_parameters, opened, sites, with_stale_parameters
 from normwise.surgery.flow import trace
 from normwise.surgery.folding import Fold, Subject, gain_into_after, into_after, into_before, set_weights, useless_bias
 from normwise.surgery.kinds import kind_of
@@ -80,6 +80,7 @@ def fold(
     parameters = named_parameters(model)
     with Edits() as edits:
         changed, left = _fold_all(model, probes[0], forward, wanted, edits)
+        leave_fast_path(model, edits)
         checks = proof.check(model, edits, tolerance) if changed else ()
     record = Record("fold", model, tuple(changed), tuple(left), checks, inverse=edits.undo)
     return with_stale_parameters(record, parameters)

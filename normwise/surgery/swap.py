@@ -22,7 +22,7 @@ from normwise.record import Record
 from normwise.recoveries import OffsetScale
 from normwise.surgery.activated import Activated
 from normwise.surgery.edits import Edits
-from normwise.surgery.exchange import Decision, Site, exchange, home_of, inherit, opened, sites
+from normwise.surgery.exchange import Decision, Site, exchange, home_of, inherit, leave_fast_path, opened, sites
 from normwise.surgery.kinds import Kind, channel_dim, channel_place, kind_of
 from normwise.surgery.probes import Probe, found_batch
 from normwise.surgery.proof import outputs_of
@@ -92,6 +92,7 @@ def swap(
     with Edits() as edits:
         record = exchange(model, edits, lambda site: _swapped(site, kinds.get(id(site.module)), make, model))
         record.operation = "swap"
+        leave_fast_path(record.model, edits)
         record.notes += _check_runs(record.model, probe, forward, edits)
     if trained and not all("memory" in line.why for line in record.changed):
         record.notes += (_after_training(record),)
