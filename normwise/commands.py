@@ -1,17 +1,16 @@
-"""The words of the command line: `normwise tune`, `normwise report`, `normwise explain`."""
+"""The words of the command line: `normwise tune`, `report`, `explain`, and those of `model_commands`."""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from normwise.errors import NormwiseError, StudyError
+from normwise import model_commands
+from normwise.console import plainly, shape_of
+from normwise.errors import StudyError
 from normwise.norm import Norm
 
 if TYPE_CHECKING:
@@ -24,19 +23,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-@contextmanager
-def _plainly() -> Iterator[None]:
-    """Errors as one line on standard error: exit code 2 for what was asked wrongly, 130 for Ctrl-C."""
-    try:
-        yield
-    except NormwiseError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt as error:
-        typer.echo(str(error) or "interrupted", err=True)
-        raise typer.Exit(128 + signal.SIGINT) from None
 
 
 def _version(wanted: bool) -> None:
@@ -93,7 +79,7 @@ def tune(
     ] = False,
 ) -> None:
     """Find out which normalization and which learning rate a network wants."""
-    with _plainly():
+    with plainly():
         from normwise.study import Place, carry_out, check_place
         from normwise.tuning.options import Options
         from normwise.tuning.output import to_json
@@ -119,7 +105,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A study's output folder.")],
 ) -> None:
     """Write the report of a finished study anew, from its summary.json."""
-    with _plainly():
+    with plainly():
         from normwise.report import render
         from normwise.tuning.output import REPORT, read_summary, write
         from normwise.tuning.summary import summary_from_dict
@@ -140,15 +126,11 @@ def explain(
     ] = None,
 ) -> None:
     """Say what a normalization does to a tensor of a shape, in its four steps."""
-    with _plainly():
-        typer.echo(Norm(pattern, sizes=dict(map(_size, sizes or ()))).explain(_shape(shape)))
+    with plainly():
+        typer.echo(Norm(pattern, sizes=dict(map(_size, sizes or ()))).explain(shape_of(shape)))
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    sizes = text.split(",")
-    if not all(size.strip().isdecimal() for size in sizes):
-        raise StudyError(f"shape {text!r}: write whole numbers with commas between them, as in 32,64,56,56")
-    return tuple(int(size) for size in sizes)
+app.add_typer(model_commands.app)
 
 
 def _size(text: str) -> tuple[str, int]:

@@ -109,6 +109,8 @@ def commit(
     """
     if memory.update_rate is None and store.batches is None:
         raise ValueError(f"{memory} needs to know the number of batches, and nobody counts them")
+    if _becomes_onnx():
+        return
     run = _operator if being_traced() else _commit
     run(
         store.statistics,
@@ -126,6 +128,11 @@ def commit(
         least,
         str(owner) if being_traced() else owner,
     )
+
+
+def _becomes_onnx() -> bool:
+    """Whether the call is traced for an ONNX graph, which has no state that a batch could enter."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def flush(memory: Memory, remembers: tuple[str, ...], store: Store, *, least: int) -> None:
@@ -223,6 +230,8 @@ def recall(store: Store, batch: Tensor, owner: object, *, enters: bool) -> Store
         RecomputeError: a checkpointed forward is computed again after another batch has been seen.
         NormwiseError: the call is mapped, and would have to read between one example's entry and the next.
     """
+    if _becomes_onnx():
+        return store
     remembered = [*store.statistics, *(() if store.batches is None else (store.batches,))]
     seen = (*store.seen[: 1 + len(remembered)], store.seen[-1])
     run = _see_operator if being_traced() else _see

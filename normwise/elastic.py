@@ -53,8 +53,9 @@ def stretched(
     places = torch.arange(length, device=device).clamp_max(known - 1)
     if beyond != "pooled":
         here = torch.arange(known, device=device)
-        last = torch.where(entered, here, torch.full_like(here, -1)).cummax(0).values
-        last = torch.where(last < 0, entered.int().argmax(), last)
+        order = entered.cumsum(0) - 1  # ONNX has no running maximum, so the entered places are listed
+        listed = here.new_zeros(known + 1).scatter(0, torch.where(entered, order, known), here)
+        last = listed[order.clamp_min(0)]
         return tuple(statistic.index_select(dim, last[places]) for statistic in statistics)
     taken = [statistic.index_select(dim, places) for statistic in statistics]
     column = [length if d == dim else 1 for d in range(statistics[0].dim())]

@@ -6,7 +6,7 @@ import json as jsons
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,8 +18,9 @@ from normwise.console import plainly, shape_of
 if TYPE_CHECKING:
     from torch import nn
 
+    from normwise.recipes import Code
     from normwise.record import Record
-    from normwise.sources import Code, Input
+    from normwise.sources import Input
     from normwise.surgery.find import Normalizations
 
 app = typer.Typer()
@@ -86,8 +87,8 @@ def fold(
             wanted = None if steps is None else [step.strip() for step in steps.split(",")]
             options = _given(steps=wanted, tolerance=tolerance)
             record = operate(made, _batch(given), **options)
-        batch = [] if given is None else [given.code]
-        _finish(record, out, _python("fold", [_made_again(model, ".eval()"), *batch], options), json)
+            python = _folded_again(model, out, record, given, options) if record.changed else None
+        _finish(record, out, python, json)
 
 
 @app.command()
@@ -108,7 +109,7 @@ def swap(
 ) -> None:
     """Exchange normalizations of one kind for another, keeping gains and biases; then train the model."""
     with plainly():
-        from normwise.sources import Code
+        from normwise.recipes import Code, assigned, calling, operation
         from normwise.surgery.swap import swap as operate
 
         _check_out(out, weights, force)
@@ -118,7 +119,8 @@ def swap(
             given = _input(made, shape, ids, data)
             options = _given(names=names or None)
             record = operate(made, what, to, batch=_batch(given), **options)
-        _finish(record, out, _python("swap", [_made_again(model), Code(repr(what)), Code(repr(to))], options), json)
+        python = operation("swap", [calling(model), Code(repr(what)), Code(repr(to))], options)
+        _finish(record, out, assigned(python), json)
 
 
 @app.command()
@@ -139,6 +141,7 @@ def recalibrate(
 ) -> None:
     """Give every layer that remembers statistics those of these batches joined; nothing is trained."""
     with plainly():
+        from normwise.recipes import assigned, calling
         from normwise.sources import Batches
         from normwise.surgery.recalibrate import recalibrate as operate
         from normwise.tuning.training import find_loss
@@ -148,14 +151,14 @@ def recalibrate(
             measured = None if loss is None else find_loss(loss)
             made = _loaded(model, weights)
             record = operate(made, Batches(data, batches), loss=measured, layerwise=layerwise)
-        _finish(record, out, _made_again(model), json)
+        _finish(record, out, assigned(calling(model)), json)
 
 
 # ---------------------------------------------------------------------------------------------------- what all share
 
 
 def _check_out(out: Path, weights: Path | None, force: bool) -> None:
-    from normwise.weights import check_out
+    from normwise.weight_files import check_out
 
     check_out(out, weights, force=force)
 
@@ -205,25 +208,51 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _made_again(model: str, mode: str = "") -> Code:
-    from normwise.sources import Code, calling
+def _folded_again(model: str, out: Path, record: Record, given: Input | None, options: dict[str, Any]) -> Code | None:
+    """Python that makes a model for the folded weights; None: none was found.
 
-    call = calling(model)
-    return Code(call.text + mode, call.imports)
+    Where only gains were folded, the factory's model will do. What else is folded may depend on values: a bias of
+    zeros, as a new LayerNorm has it, stands in no way. So it is tried, with the factory's weights, and with those of
+    the folded model where it still has them.
+    """
+    from normwise.recipes import Code, assigned, calling, operation, prepared
+    from normwise.sources import made
+
+    make = calling(model)
+    make = Code(f"{make.text}.eval()", make.imports)
+    batch = [] if given is None else [given.code]
+    new = made(model).eval()
+    if _fits(new, record.model):
+        return assigned(make)
+    if _fits(_folded(new, given, options), record.model):
+        return assigned(operation("fold", [make, *batch], options))
+    new = made(model).eval()
+    new.load_state_dict(record.model.state_dict(), strict=False)
+    if _fits(_folded(new, given, options), record.model):
+        return prepared(make, out, operation("fold", [Code("model"), *batch], options))
+    return None
 
 
-def _python(operation: str, arguments: Sequence[Code], options: dict[str, Any]) -> Code:
-    """Python that does the operation again, and so makes the model that the weights belong to."""
-    from normwise.sources import Code
+def _folded(model: nn.Module, given: Input | None, options: dict[str, Any]) -> nn.Module:
+    """The model folded; as it is, where a factory's weights, which may be anything, stand in the way."""
+    from normwise.surgery.fold import fold as operate
 
-    texts = [argument.text for argument in arguments] + [f"{name}={value!r}" for name, value in options.items()]
-    imports = [line for argument in arguments for line in argument.imports]
-    return Code(f"nw.{operation}({', '.join(texts)}).model", ("import normwise as nw", *imports))
+    try:
+        return operate(model, _batch(given), **options).model
+    except Exception:  # noqa: BLE001 - a model without its weights may raise any error
+        return model
 
 
-def _finish(record: Record, out: Path, python: Code, json: bool) -> None:
+def _fits(new: nn.Module, model: nn.Module) -> bool:
+    """Whether two models have the same layers, and take each other's weights."""
+    shapes = [{name: tensor.shape for name, tensor in one.state_dict().items()} for one in (new, model)]
+    return repr(new) == repr(model) and shapes[0] == shapes[1]
+
+
+def _finish(record: Record, out: Path, python: Code | None, json: bool) -> None:
     """Write the weights and say so; exit code 1 if there is nothing to write."""
-    from normwise.weights import write
+    from normwise.recipes import note, to_load
+    from normwise.weight_files import write
 
     text = record.to_json() if json else str(record)
     if not record.changed:
@@ -231,39 +260,15 @@ def _finish(record: Record, out: Path, python: Code, json: bool) -> None:
         typer.echo(f"{record.operation} changed nothing, and nothing is written", err=True)
         raise typer.Exit(1)
     state = record.model.state_dict()
-    write(state, out, _metadata(record, python))
+    write(state, out, note(record, python))
     typer.echo(text)
-    if not json:
-        typer.echo(f"\nwritten: {out}, {len(state)} tensors, {out.stat().st_size / 1e6:.3g} MB")
-        typer.echo("\n".join(["to load it:", *(f"  {line}" for line in _to_load(out, python))]))
-
-
-def _metadata(record: Record, python: Code) -> dict[str, str]:
-    from importlib import metadata
-
-    from normwise.weights import NOTE
-
-    changed = {line.path: line.after for line in record.changed}
-    note: dict[str, Any] = {
-        "operation": record.operation,
-        "version": metadata.version("normwise"),
-        "imports": list(python.imports),
-        "python": f"model = {python.text}",
-        "changed": changed,
-    }
-    return {NOTE: jsons.dumps(note)}
-
-
-def _to_load(out: Path, python: Code) -> list[str]:
-    """Lines of Python that load a file into the model that it belongs to."""
-    from normwise.weights import SAFETENSORS
-
-    if out.suffix == SAFETENSORS:
-        read, needed = f"load_file({str(out)!r})", "from safetensors.torch import load_file"
+    if json:
+        return
+    typer.echo(f"\nwritten: {out}, {len(state)} tensors, {out.stat().st_size / 1e6:.3g} MB")
+    if python is None:
+        typer.echo("what is folded depends on the weights: to load it, fold the model with its old weights first")
     else:
-        read, needed = f"torch.load({str(out)!r}, weights_only=True)", "import torch"
-    imports = sorted({needed, *python.imports}, key=lambda line: (line.startswith("from"), line))
-    return [*imports, f"model = {python.text}", f"model.load_state_dict({read})"]
+        typer.echo("\n".join(["to load it:", *(f"  {line}" for line in to_load(out, python))]))
 
 
 def _summary(model: nn.Module, found: Normalizations) -> str:

@@ -5,9 +5,10 @@ Each works on the whole tree below a module. None of them is undone by `model.tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -56,14 +57,16 @@ def freeze(model: nn.Module, names: str | Sequence[str] | None = None, *, parame
     tensor([0., 0., 0.])
     """
     found = _normalizations(model, names)
-    layers, undone, changed = _ours(found), ExitStack(), []
+    layers = _ours(found)
+    undone: list[Callable[[], None]] = []
+    changed: list[Line] = []
     for path, layer in layers:
         before = _described(layer)
         layer._freeze(parameters=parameters)
-        undone.callback(layer._thaw)
+        undone.append(layer._thaw)
         changed.append(Line(path, before, _described(layer), _frozen_parts(layer, parameters=parameters)))
     left = [Line(path, shown(layer), None, _TORCHS_OWN) for path, layer in found if not isinstance(layer, Norm)]
-    return Record("freeze", model, tuple(changed), tuple(left), inverse=undone.close)
+    return Record("freeze", model, tuple(changed), tuple(left), inverse=partial(_take_back, undone))
 
 
 def unfreeze(model: nn.Module, names: str | Sequence[str] | None = None) -> Record:
@@ -86,17 +89,19 @@ def unfreeze(model: nn.Module, names: str | Sequence[str] | None = None) -> Reco
     >>> unfreeze(model, "1").paths, model[0].frozen, model[1].frozen
     (('1',), True, False)
     """
-    undone, changed, left = ExitStack(), [], []
+    undone: list[Callable[[], None]] = []
+    changed: list[Line] = []
+    left: list[Line] = []
     for path, layer in _ours(_normalizations(model, names)):
         before = _described(layer)
         if not layer.frozen:
             left.append(Line(path, before, None, "it was not frozen"))
             continue
-        undone.callback(_freeze_again, layer, layer._freezes, parameters=bool(layer._froze))
+        undone.append(partial(_freeze_again, layer, layer._freezes, parameters=bool(layer._froze)))
         layer._freezes = 1
         layer._thaw()
         changed.append(Line(path, before, _described(layer), "it moves again"))
-    return Record("unfreeze", model, tuple(changed), tuple(left), inverse=undone.close)
+    return Record("unfreeze", model, tuple(changed), tuple(left), inverse=partial(_take_back, undone))
 
 
 @contextmanager
@@ -204,6 +209,12 @@ def accumulate(model: nn.Module, window: int) -> Iterator[None]:
     finally:
         for layer in pooled:
             layer._drop_pool()
+
+
+def _take_back(inverses: list[Callable[[], None]]) -> None:
+    """The last first."""
+    while inverses:
+        inverses.pop()()
 
 
 def _freeze_again(layer: Norm, times: int, *, parameters: bool) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from operator import setitem
 from typing import Any
 
 from torch import nn
@@ -71,10 +73,10 @@ def _held_by(path: str, module: nn.Module) -> Iterator[Place]:
     prefix = f"{path}." if path else ""
     for name, child in module._modules.items():
         if child is not None:
-            yield Place(prefix + name, child, True, _setter(module._modules, name))
+            yield Place(prefix + name, child, True, partial(setitem, module._modules, name))
     for name, value in module.__dict__.items():
         if name not in _TORCHS:
-            yield from _in_value(prefix + name, value, _setter(module.__dict__, name), ())
+            yield from _in_value(prefix + name, value, partial(_put_attribute, module, name), ())
 
 
 _TORCHS = frozenset(nn.Module().__dict__)  # what torch itself keeps in a module
@@ -87,27 +89,20 @@ def _in_value(path: str, value: Any, put: Callable[[Any], None], within: tuple[i
     elif isinstance(value, (list, tuple, dict)) and id(value) not in within:
         current = list(value) if isinstance(value, tuple) else []
         for key in list(value) if isinstance(value, dict) else range(len(value)):
-            into = _tuple_setter(value, current, key, put) if isinstance(value, tuple) else _setter(value, key)
+            into: Callable[[Any], None] = partial(setitem, value, key)
+            if isinstance(value, tuple):
+                into = partial(_put_into_tuple, value, current, key, put)
             yield from _in_value(f"{path}[{key!r}]", value[key], into, (*within, id(value)))
 
 
-def _setter(holder: Any, key: Any) -> Callable[[Any], None]:
-    def put(new: Any) -> None:
-        holder[key] = new
-
-    return put
+def _put_attribute(module: nn.Module, name: str, new: Any) -> None:
+    module.__dict__[name] = new  # not the dictionary itself is kept: a copy of the module has another
 
 
-def _tuple_setter(
-    value: tuple[Any, ...], current: list[Any], at: int, put: Callable[[Any], None]
-) -> Callable[[Any], None]:
+def _put_into_tuple(value: tuple[Any, ...], current: list[Any], at: int, put: Callable[[Any], None], new: Any) -> None:
     """A tuple cannot be written into: another one, of what is in `current`, takes its place."""
-
-    def put_all(new: Any) -> None:
-        current[at] = new
-        if all(now is before for now, before in zip(current, value, strict=True)):
-            put(value)
-        else:
-            put(value._make(current) if hasattr(value, "_make") else type(value)(current))
-
-    return put_all
+    current[at] = new
+    if all(now is before for now, before in zip(current, value, strict=True)):
+        put(value)
+    else:
+        put(value._make(current) if hasattr(value, "_make") else type(value)(current))

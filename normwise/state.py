@@ -140,17 +140,24 @@ class Stateful(Holder):
     def _freeze(self, *, parameters: bool) -> None:
         """Freeze once more; what waits in the gradients of the parameters is put aside, out of an optimizer's way."""
         self._freezes += 1
-        for name, parameter in self.named_parameters(recurse=False):
+        for name, parameter in self._own_parameters():
             if parameters and parameter.requires_grad:
                 self._froze[name] = parameter.grad
                 parameter.requires_grad, parameter.grad = False, None
+
+    def _own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The layer's parameters and what stands for them in a parametrization; not those of an activation in it."""
+        yield from self.named_parameters(recurse=False)
+        parametrized = self._modules.get("parametrizations")
+        if parametrized is not None:
+            yield from parametrized.named_parameters(prefix="parametrizations")
 
     def _thaw(self) -> None:
         """Undo one freezing; the last one gives the parameters back what they had."""
         self._freezes = max(self._freezes - 1, 0)
         if self._freezes > 0:
             return
-        for name, parameter in self.named_parameters(recurse=False):
+        for name, parameter in self._own_parameters():
             if name in self._froze:
                 parameter.requires_grad = True
                 parameter.grad = self._froze[name] if parameter.grad is None else parameter.grad

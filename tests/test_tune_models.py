@@ -7,10 +7,14 @@ import torch
 from torch import nn
 
 import normwise as nw
+from normwise.batches import feed, tensors_in
 from normwise.errors import StudyError
-from normwise.tuning.models import Architecture, cnn, find, mlp
+from normwise.surgery.kinds import kind_of
+from normwise.surgery.words import WORDS
+from normwise.tuning.models import Architecture, cnn, exchange_norms, find, mlp
 from normwise.tuning.norms import NormChoice
-from normwise.tuning.replace import replace_norms
+from tests import timm_like
+from tests.architectures import ARCHITECTURES
 
 BATCH, NONE = NormChoice("batch", "batch"), NormChoice("none", "none")
 
@@ -85,8 +89,8 @@ def test_models_that_are_none() -> None:
     )
     assert message(number) == f"model '{where}.number' returned a int, not a torch.nn.Module"
     assert message(plain) == (
-        f"model '{where}.plain' has no normalization layer to exchange: give the factory a `norm` argument and let it "
-        "make its layers as norm(features), or use torch.nn's"
+        f"model '{where}.plain': there is no normalization to exchange: give the factory a `norm` argument and let it "
+        "make its layers as norm(features)"
     )
     assert message(nn.Linear(2, 2)) == (
         "model 'torch.nn.modules.linear:Linear' is a Linear; give a factory, a function that returns a new model each "
@@ -97,6 +101,7 @@ def test_models_that_are_none() -> None:
 LAYERS = {
     "BatchNorm1d": (lambda: nn.BatchNorm1d(6), (5, 6), 1),
     "BatchNorm2d": (lambda: nn.BatchNorm2d(6), (5, 6, 3, 3), 1),
+    "SyncBatchNorm": (lambda: nn.SyncBatchNorm(6), (5, 6, 3, 3), 1),
     "BatchNorm3d": (lambda: nn.BatchNorm3d(6), (5, 6, 2, 2, 2), 1),
     "InstanceNorm2d": (lambda: nn.InstanceNorm2d(6), (5, 6, 3, 3), 1),
     "GroupNorm": (lambda: nn.GroupNorm(2, 6), (5, 6, 3, 3), 1),
@@ -104,6 +109,10 @@ LAYERS = {
     "RMSNorm": (lambda: nn.RMSNorm(6), (5, 4, 6), -1),
     "normwise's BatchNorm": (lambda: nw.BatchNorm(6), (5, 6), 1),
     "normwise's LayerNorm2d": (lambda: nw.LayerNorm2d(6), (5, 6, 3, 3), 1),
+    "a pattern": (lambda: nw.Norm("n t [c]", recovery=nw.Affine("c"), c=6), (5, 4, 6), -1),
+    "timm's LayerNorm2d": (lambda: timm_like.LayerNorm2d(6), (5, 6, 3, 3), 1),
+    "timm's RmsNorm": (lambda: timm_like.RmsNorm(6), (5, 4, 6), -1),
+    "torchvision's FrozenBatchNorm2d": (lambda: timm_like.FrozenBatchNorm2d(6), (5, 6, 3, 3), 1),
 }
 
 
@@ -116,37 +125,103 @@ def test_each_layer_is_exchanged_on_its_own_axis(name: str) -> None:
         asked.append((features, axis))
         return BATCH(features, axis)  # type: ignore[arg-type]
 
-    model = replace_norms(nn.Sequential(make()), norm)
+    model = exchange_norms(nn.Sequential(make()), norm, "given")
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 4
     others = [d for d in range(x.ndim) if d != axis % x.ndim]
     assert asked == [(6, axis)]
     assert model(x).mean(dim=others).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("name", ["ResNet", "ViT", "Llama"])
+def test_hugging_faces_layers_are_exchanged(name: str, word: str) -> None:
+    (architecture,) = [entry for entry in ARCHITECTURES if entry.name == name]
+    model = architecture.model()
+    before = [path for path, layer in model.named_modules() if kind_of(layer) is not None]
+    model = exchange_norms(model, NormChoice("x", word), "given").train()
+    kinds = [kind_of(model.get_submodule(path)) for path in before]
+    assert {kind and kind.name for kind in kinds} == {None if word == "none" else word}
+    output = next(iter(tensors_in(feed(model, architecture.batch()))))
+    output.backward(torch.randn(output.shape))
+    assert all(p.grad is not None for path in before[:1] for p in model.get_submodule(path).parameters())
+
+
 def test_device_dtype_mode_and_sharing_are_kept() -> None:
     shared = nn.BatchNorm1d(4)
     block = nn.Sequential(nn.Linear(4, 4), shared)
     model = nn.ModuleDict({"a": block, "b": shared, "c": nn.BatchNorm1d(4, affine=False, track_running_stats=False)})
-    model = replace_norms(model.double().eval(), BATCH)  # type: ignore[assignment]
+    model = exchange_norms(model.double().eval(), BATCH, "given")  # type: ignore[assignment]
     assert model["a"][1] is model["b"]  # type: ignore[index]
     assert model["b"].weight.dtype == torch.float64
     assert model["c"].weight.dtype == torch.float64
     assert not model["b"].training
-    assert replace_norms(nn.BatchNorm1d(4).to("meta"), BATCH).weight.device.type == "meta"
+    assert exchange_norms(nn.BatchNorm1d(4).to("meta"), BATCH, "given").weight.device.type == "meta"
+
+
+def test_the_new_layers_start_anew() -> None:
+    old = nn.BatchNorm1d(4, eps=0.5)
+    nn.init.constant_(old.weight, 3.0), nn.init.constant_(old.bias, -1.0)
+    old(torch.randn(8, 4)), old.requires_grad_(False)
+    new = exchange_norms(nn.Sequential(old), BATCH, "given")[0]  # type: ignore[index]
+    fresh = nw.BatchNorm(4)
+    assert new.eps == 1e-5
+    assert all(parameter.requires_grad for parameter in new.parameters())
+    assert new.state_dict().keys() == fresh.state_dict().keys()
+    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in new.state_dict().items())
+
+
+def test_an_activation_within_a_layer_stays() -> None:
+    model = exchange_norms(nn.Sequential(timm_like.BatchNormAct2d(4, act=nn.Tanh())), NormChoice("x", "layer"), "given")
+    x = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(x), nw.LayerNorm2d(4)(x).tanh())
+
+
+def test_a_norm_of_a_users_that_is_only_called_so_stays() -> None:
+    class Normalize(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x - 0.5) / 0.2
+
+    first = Normalize()
+    model = exchange_norms(nn.Sequential(first, nn.BatchNorm1d(4)), BATCH, "given")
+    assert model[0] is first  # type: ignore[index]
+    assert isinstance(model[1], nw.BatchNorm)  # type: ignore[index]
 
 
 def test_what_cannot_be_exchanged_faithfully_is_refused() -> None:
     class Mine(nn.LayerNorm):
-        pass
+        def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name
+            return super().forward(input).relu()
 
     def refusal(layer: nn.Module) -> str:
+        first = nn.BatchNorm1d(4)
+        model = nn.Sequential(first, layer)
         with pytest.raises(StudyError) as caught:
-            replace_norms(nn.Sequential(layer), BATCH)
-        return str(caught.value).partition(": give the factory")[0]
+            exchange_norms(model, BATCH, "given")
+        assert model[0] is first
+        assert model[1] is layer
+        return str(caught.value)
 
-    assert refusal(nn.LayerNorm((4, 5))) == "layer '0' normalizes over the dimensions (4, 5), not over channels"
-    assert refusal(Mine(4)) == "layer '0' is a Mine, whose meaning is not known here"
-    assert refusal(nw.Norm("[n] c")) == "layer '0' is a Norm, whose meaning is not known here"
+    way_out = ": give the factory a `norm` argument and let it make its layers as norm(features)"
+    assert refusal(nn.LayerNorm((4, 5))) == (
+        "model 'given': 1: '... [d0 d1]' has no single dimension that is known to be its channels" + way_out
+    )
+    assert refusal(Mine(4)) == (
+        "model 'given': 1: Mine is a subclass that may do more; say what it means with nw.register_converter" + way_out
+    )
+    assert refusal(nw.Norm("[n] c")) == "model 'given': 1: '[n] c' has no known number of channels" + (
+        " on its second or last axis" + way_out
+    )
+    assert refusal(nn.LazyBatchNorm1d()) == (
+        "model 'given': 1: its sizes are not known yet: run a batch through the model first" + way_out
+    )
+
+
+def test_an_error_of_the_choice_passes_and_changes_nothing() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.BatchNorm1d(4))
+    before = list(model)
+    with pytest.raises(StudyError, match=r"^group:3 cannot split 4 features into 3 equal groups$"):
+        exchange_norms(model, NormChoice("x", "group:3"), "given")
+    assert list(model) == before
 
 
 def test_an_architecture_says_what_was_fixed() -> None:

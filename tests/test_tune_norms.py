@@ -6,7 +6,8 @@ from torch import nn
 
 import normwise as nw
 from normwise.errors import StudyError
-from normwise.tuning.norms import NAMES, NormChoice, parse_norms
+from normwise.surgery.words import WORDS
+from normwise.tuning.norms import NormChoice, parse_norms
 
 
 def message(text: str) -> str:
@@ -50,7 +51,7 @@ def test_channels_first_is_torchs_layer(declaration: str, training: bool) -> Non
     assert sum(p.numel() for p in mine.parameters()) == sum(p.numel() for p in theirs.parameters())
 
 
-@pytest.mark.parametrize("declaration", [*NAMES, "group:2"])
+@pytest.mark.parametrize("declaration", [*WORDS, "group:2"])
 def test_channels_last_is_channels_first_with_the_axes_moved(declaration: str) -> None:
     x = torch.randn(6, 5, 16, generator=torch.Generator().manual_seed(0)) * 3 + 1
     first, last = NormChoice("x", declaration)(16), NormChoice("x", declaration)(16, axis=-1)
@@ -65,11 +66,17 @@ def test_layer_and_rms_normalize_features_at_each_position() -> None:
     torch.testing.assert_close(NormChoice("x", "rms")(8)(x), nn.RMSNorm(8)(x.movedim(1, -1)).movedim(-1, 1))
 
 
-@pytest.mark.parametrize(("features", "groups"), [(64, 8), (6, 3), (7, 1), (20, 5), (2, 1), (1, 1)])
-def test_groups_leave_two_values_each(features: int, groups: int) -> None:
-    layer = NormChoice("group", "group")(features)
-    assert isinstance(layer, nw.GroupNorm)
-    assert layer.num_groups == groups
+@pytest.mark.parametrize(("features", "groups"), [(64, 8), (6, 3), (7, 1), (20, 5), (2, 1), (1, 1), (512, 8)])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_groups_leave_two_values_each(features: int, groups: int, axis: int) -> None:
+    layer = NormChoice("group", "group")(features, axis)  # type: ignore[arg-type]
+    assert dict(layer.spec.sizes) == {"g": groups, "k": features // groups}  # type: ignore[union-attr,arg-type]
+    assert isinstance(layer, nw.GroupNorm) == (axis == 1)
+
+
+def test_as_many_groups_as_features_are_made_if_asked_for() -> None:
+    x = torch.randn(3, 8, 4, 4, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    torch.testing.assert_close(NormChoice("x", "group:8")(8)(x), nn.GroupNorm(8, 8)(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_pattern_over_the_batch_remembers_and_another_does_not() -> None:
@@ -80,7 +87,7 @@ def test_a_pattern_over_the_batch_remembers_and_another_does_not() -> None:
 
 
 def test_simplicity_orders_the_choices() -> None:
-    ranks = [NormChoice("x", declaration).simplicity for declaration in (*NAMES, "[n] c")]
+    ranks = [NormChoice("x", declaration).simplicity for declaration in (*WORDS, "[n] c")]
     assert ranks == [0, 1, 2, 3, 4, 5, 5]
     assert NormChoice("x", "group:4").simplicity == NormChoice("x", "n (g [k])").simplicity == 3
 

@@ -23,10 +23,15 @@ class Weights(NamedTuple):
 
 
 class ChannelMap(NamedTuple):
-    """`scale * x + shift`, one of each a channel, in float64."""
+    """`scale * x + shift`, one of each a channel, in float64.
+
+    Whether it `shifts` does not depend on the values, so that what is folded does not: a model and the same model after
+    training fold into the same layers.
+    """
 
     scale: Tensor
     shift: Tensor
+    shifts: bool = True
 
 
 def is_linear(layer: nn.Module | None) -> bool:
@@ -80,14 +85,14 @@ def with_inputs(layer: Any, inner: ChannelMap) -> Weights:
     else:
         added = _times(layer, inner.shift, inputs=True).flatten(1).sum(1)
     bias = None
-    if layer.bias is not None or bool((added != 0).any()):
+    if layer.bias is not None or inner.shifts:
         bias = added if layer.bias is None else layer.bias.detach().double() + added
     return Weights(_times(layer, inner.scale, inputs=True), bias)
 
 
 def misfit(layer: Any, inner: ChannelMap) -> str | None:
     """Why `layer(scale * x + shift)` is not the layer with other weights; None: it is."""
-    if not bool((inner.shift != 0).any()) or isinstance(layer, nn.Linear) or _is_conv1d(layer):
+    if not inner.shifts or isinstance(layer, nn.Linear) or _is_conv1d(layer):
         return None
     if isinstance(layer, TRANSPOSED):
         sizes = (*layer.kernel_size, *layer.stride)
@@ -150,4 +155,5 @@ def channel_map(scale: Tensor | None, shift: Tensor | None, channels: int) -> Ch
     return ChannelMap(
         ones if scale is None else scale.detach().double().flatten(),
         torch.zeros_like(ones) if shift is None else shift.detach().double().flatten(),
+        shifts=shift is not None,
     )

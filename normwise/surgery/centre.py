@@ -23,7 +23,7 @@ from normwise.surgery.converters import to_torch
 from normwise.surgery.edits import Edits
 from normwise.surgery.exchange import inherit, share_tensors
 from normwise.surgery.flow import Step, Value
-from normwise.surgery.folding import Subject, set_weights, usable
+from normwise.surgery.folding import Subject, has_no_bias, set_weights, usable
 from normwise.surgery.kinds import channel_dim
 from normwise.surgery.streams import dim_after, dim_before
 
@@ -63,7 +63,7 @@ def centre(subjects: Sequence[Subject], edits: Edits) -> tuple[list[Line], dict[
             continue
         stream = _explored(subject, by_layer)
         done.update(id(norm.layer) for norm in stream.norms)
-        biased = [norm for norm in stream.norms if _has_bias(norm)]
+        biased = [norm for norm in stream.norms if not has_no_bias(norm)]
         if stream.refusal:
             reasons.update((norm.site.path, stream.refusal) for norm in stream.norms)
         elif len(biased) < len(stream.norms):
@@ -76,11 +76,6 @@ def _takes_mean_out(subject: Subject) -> bool:
     """Whether it is a LayerNorm over one dimension, on which nothing else hangs."""
     known = isinstance(subject.converted, (LayerNorm, LayerNorm2d)) and not isinstance(subject.converted, Activated)
     return known and len(subject.spec.sizes) == 1 and subject.obstacle is None
-
-
-def _has_bias(subject: Subject) -> bool:
-    bias = subject.layer._parameters.get("bias")
-    return bias is not None and bool(bias.any())
 
 
 def _explored(first: Subject, by_layer: dict[int, Subject]) -> Stream:
@@ -196,7 +191,7 @@ def _carry_out(stream: Stream, edits: Edits) -> list[Line]:
         set_weights(layer, centred_outputs(layer), layer, edits)
     for constant, dim in stream.constants:
         edits.set_values(constant, constant.detach().double() - constant.detach().double().mean(dim, keepdim=True))
-    return [_to_rms(norm, stream, edits) for norm in stream.norms if not _has_bias(norm)]
+    return [_to_rms(norm, stream, edits) for norm in stream.norms if has_no_bias(norm)]
 
 
 def _to_rms(norm: Subject, stream: Stream, edits: Edits) -> Line:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy as copying
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normwise.errors import SurgeryError
 from normwise.norm import Norm
@@ -171,7 +170,7 @@ def move_over(old: nn.Module, new: nn.Module) -> str | None:
     Parameters and buffers stay the same objects, so that an optimizer, a tied weight and an undo find them; only
     statistics in half precision are widened.
     """
-    keys, new_keys = set(old.state_dict(keep_vars=True)), set(_state(new))
+    keys, new_keys = set(old.state_dict(keep_vars=True)), set(new.state_dict(keep_vars=True))
     if keys != new_keys:
         return f"its state has the keys {', '.join(sorted(keys))}, and here it would have {', '.join(sorted(new_keys))}"
     held = [name for slots in (old._modules, old._buffers) for name, value in slots.items() if value is not None]
@@ -212,18 +211,10 @@ def inherit(old: nn.Module, new: nn.Module) -> None:
             new.__dict__[name] = value
 
 
-def _state(module: nn.Module) -> dict[str, Any]:
-    return module.state_dict(keep_vars=True)
-
-
 def home_of(old: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype] | None:
     """Device and floating-point dtype of a layer, or of the model if the layer has no tensors."""
     for module in (old, model):
         for tensor in (*module.parameters(), *module.buffers()):
-            if _is_float(tensor):
+            if tensor.is_floating_point():
                 return tensor.device, tensor.dtype
     return None
-
-
-def _is_float(tensor: Tensor) -> bool:
-    return tensor.is_floating_point()

@@ -53,6 +53,9 @@ def fold(
     What reads what is seen in a forward. What is not exact is left, and the record says why: a convolution that is
     called elsewhere too, one with hooks, tied weights, a normalization over another axis, one that is read by more.
 
+    Which layers it then has does not depend on the values of its weights: folded weights fit into any model of the same
+    kind that was folded likewise.
+
     Args:
         model: A model; in training mode nothing that depends on the mode is folded.
         batch: What to run it on: a tensor, a mapping of keywords, or a tuple that begins with the input. Without one an

@@ -119,15 +119,25 @@ def gain_into_after(subject: Subject) -> Fold | str:
     gain = gain_map(subject)
     if isinstance(gain, str):
         return gain
-    if bool((gain.scale == 1).all() and (gain.shift == 0).all()):
-        return ""
     weights = _taken_in_after(subject, gain)
     if isinstance(weights, str):
         return weights
+    is_done = bool((gain.scale == 1).all() and (gain.shift == 0).all())
+    if is_done and not any(new.bias is not None and layer.bias is None for layer, new in weights.items()):
+        return ""
     starts = subject.spec.recovery.parameters if subject.spec.recovery is not None else {}
     given = {name: getattr(subject.layer, name, None) for name in starts}
     own = {name: torch.full_like(tensor, starts[name]) for name, tensor in given.items() if tensor is not None}
     return Fold(None, weights, f"its gain into {_names(subject, weights)} after it", own)
+
+
+def has_no_bias(subject: Subject) -> bool:
+    """Whether a normalization has no bias, or one that has been folded: it is 0, and all that read it could take it."""
+    bias = getattr(subject.layer, "bias", None)
+    if bias is None:
+        return True
+    gain = gain_map(subject)
+    return not bool(bias.any()) and not isinstance(gain, str) and not isinstance(_taken_in_after(subject, gain), str)
 
 
 def _taken_in_after(subject: Subject, inner: ChannelMap) -> dict[nn.Module, Weights] | str:

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import re
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normwise.batches import Forward
-from normwise.errors import NormwiseError, SurgeryError, TooFewSamplesError
+from normwise.errors import SurgeryError, TooFewSamplesError
 from normwise.layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, LayerNorm2d, RMSNorm, RMSNorm2d
 from normwise.norm import Norm
+from normwise.normalizers import RMS, Standardize
 from normwise.record import Record
-from normwise.recoveries import OffsetScale
-from normwise.surgery.activated import Activated
+from normwise.spec import NormSpec
 from normwise.surgery.edits import Edits
-from normwise.surgery.exchange import Decision, Site, exchange, home_of, inherit, leave_fast_path, opened, sites
+from normwise.surgery.exchange import Site, exchange, leave_fast_path, opened, sites
 from normwise.surgery.kinds import Kind, channel_dim, channel_place, kind_of
 from normwise.surgery.probes import Probe, found_batch
 from normwise.surgery.proof import outputs_of
-from normwise.surgery.words import WORDS, Axis, named_layer
+from normwise.surgery.successors import Make, Successors
+from normwise.surgery.words import Axis, check_word, named_layer
 
 What = str | type[nn.Module] | Callable[[nn.Module], bool] | Sequence[str | type[nn.Module]]
 To = str | type[nn.Module] | Callable[[Any], nn.Module]
-Make = Callable[[Any, Kind], nn.Module]  # from an old layer and its kind to the new one
 
 _WORD_OF: dict[type[nn.Module], str] = {
     BatchNorm: "batch",
@@ -57,8 +56,9 @@ def swap(
     """Exchange normalizations of one kind for another.
 
     Kept are gain and bias (the same parameters, where the new layer has them), device, dtype, mode, `requires_grad`,
-    hooks, and that a layer stands in several places. The model computes something else afterwards: a trained one needs
-    training, or after a swap to batch normalization at least recalibration; a warning says so.
+    hooks, an activation within the layer, and that a layer stands in several places; by a word also eps. A layer that
+    is what it is to become already stays. The model computes something else afterwards: a trained one needs training,
+    or after a swap to batch normalization at least recalibration; a warning says so.
 
     Args:
         model: A model, or a single layer, whose replacement is then `record.model`.
@@ -85,22 +85,62 @@ def swap(
     'BatchNorm2d'
     """
     model = opened(model, copy=copy)
-    probe = _probe(model, batch, forward)
+    make = _maker(to)
     chosen = _chosen(model, what, names)
-    make, kinds = _maker(to), {id(site.module): kind for site, kind in chosen}
-    trained = any(_is_trained(site.module) for site, _ in chosen)
+    probe = _probe(model, batch, forward)
     with Edits() as edits:
-        record = exchange(model, edits, lambda site: _swapped(site, kinds.get(id(site.module)), make, model))
+        swaps = Successors(model, chosen, make)
+        record = exchange(model, edits, swaps.decide)
         record.operation = "swap"
         leave_fast_path(record.model, edits)
-        record.notes += _check_runs(record.model, probe, forward, edits)
-    if trained and not all("memory" in line.why for line in record.changed):
-        record.notes += (_after_training(record),)
+        record.notes += _check_runs(record.model, probe, forward)
+    if swaps.lost_training():
+        record.notes += (swaps.advice(),)
         warnings.warn(record.notes[-1], stacklevel=2)
     return record
 
 
+def renew(model: nn.Module, make: Callable[[int, Axis], nn.Module]) -> nn.Module:
+    """The model with each normalization exchanged, in place, for a new one that starts anew.
+
+    Kept are device, dtype, mode, hooks, an activation within the layer, and that a layer stands in several places. A
+    layer that is only called a normalization, and of which nothing is known, stays.
+
+    Args:
+        model: A model, or a single layer.
+        make: From a number of channels, and the axis on which they are, to a layer.
+
+    Raises:
+        SurgeryError: there is nothing to exchange, or something that cannot be; the model is as it was.
+
+    >>> renew(nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4)), lambda features, axis: nn.Identity())[1]
+    Identity()
+    """
+    chosen = [(site, kind) for site in sites(model) if (kind := _exchangeable(site)) is not None]
+    if not chosen:
+        raise SurgeryError("there is no normalization to exchange")
+    with Edits() as edits:
+        swaps = Successors(model, chosen, lambda layer, kind: make(*features_of(kind)), keeps_values=False)
+        record = exchange(model, edits, swaps.decide)
+        leave_fast_path(record.model, edits)
+    return record.model
+
+
 # ------------------------------------------------------------------------------------------------------- which layers
+
+
+def _exchangeable(site: Site) -> Kind | None:
+    """What a layer is; None for what is not known, and none of torch's or ours.
+
+    Raises:
+        SurgeryError: it is one of torch's or ours, but cannot be exchanged faithfully.
+    """
+    kind = _kind(site.module)
+    if kind is None or kind.name != "unknown":
+        return kind
+    if isinstance(site.module, (*itertools.chain(*_TORCHS_OF.values()), Norm)):
+        raise SurgeryError(f"{site.path}: {kind.reason}")
+    return None
 
 
 def _chosen(model: nn.Module, what: What, names: str | Sequence[str] | None) -> list[tuple[Site, Kind]]:
@@ -109,14 +149,14 @@ def _chosen(model: nn.Module, what: What, names: str | Sequence[str] | None) -> 
     Raises:
         SurgeryError: there are none, or there is one of which nothing is known.
     """
+    _check_what(what)
     patterns = None if names is None else [names] if isinstance(names, str) else list(names)
     chosen, others = [], []
     for site in sites(model):
-        kind = kind_of(site.module)
+        kind = _kind(site.module)
         if kind is None:
             continue
-        fits = patterns is None or any(fnmatchcase(place.path, p) for place in site.places for p in patterns)
-        if not (fits and _is_meant(site.module, kind, what)):
+        if not (_is_at(site, patterns) and _is_meant(site.module, kind, what)):
             others.append(f"{site.path} ({kind.name})")
             continue
         if kind.name == "unknown":
@@ -124,20 +164,50 @@ def _chosen(model: nn.Module, what: What, names: str | Sequence[str] | None) -> 
         chosen.append((site, kind))
     if not chosen:
         there = ", ".join(others[:6]) + (f" and {len(others) - 6} more" if len(others) > 6 else "")
-        raise SurgeryError(f"no normalization is meant by {what!r}{_at(patterns)}; there are: {there or 'none'}")
+        raise SurgeryError(f"no normalization is meant by {_said(what)}{_at(patterns)}; there are: {there or 'none'}")
     return chosen
+
+
+def _kind(layer: nn.Module) -> Kind | None:
+    """What a layer is; one that is synchronized has no equal among ours, but can become another."""
+    if type(layer) is nn.SyncBatchNorm:
+        return Kind("batch", BatchNorm(layer.num_features, layer.eps, affine=layer.affine, device="meta"))
+    return kind_of(layer)
+
+
+def _is_at(site: Site, patterns: list[str] | None) -> bool:
+    if patterns is None:
+        return True
+    return any(place.path == p or fnmatchcase(place.path, p) for place in site.places for p in patterns)
+
+
+def _said(what: What) -> str:
+    """What was asked for, as it was written."""
+    if isinstance(what, (list, tuple)):
+        return " or ".join(map(_said, what)) or "nothing"
+    return repr(what) if isinstance(what, str) else getattr(what, "__name__", repr(what))
 
 
 def _at(patterns: list[str] | None) -> str:
     return "" if patterns is None else f" at {', '.join(patterns)}"
 
 
+def _check_what(what: What) -> None:
+    """Refuse what can mean no layer."""
+    if isinstance(what, (list, tuple)):
+        for one in what:
+            _check_what(one)
+    elif isinstance(what, str):
+        if what not in _KINDS:
+            raise SurgeryError(f"no kind of normalization is called {what!r}; there are {', '.join(_KINDS)}")
+    elif isinstance(what, nn.Module) or not callable(what):
+        raise SurgeryError(f"{what!r} means no layers: give a kind, a class, a function of a layer, or several of them")
+
+
 def _is_meant(layer: nn.Module, kind: Kind, what: What) -> bool:
     if isinstance(what, (list, tuple)):
         return any(_is_meant(layer, kind, one) for one in what)
     if isinstance(what, str):
-        if what not in _KINDS:
-            raise SurgeryError(f"no kind of normalization is called {what!r}; there are {', '.join(_KINDS)}")
         return what == kind.name or (kind.name == "unknown" and isinstance(layer, _TORCHS_OF.get(what, ())))
     if isinstance(what, type):
         word = _WORD_OF.get(what)
@@ -166,101 +236,40 @@ def _maker(to: To) -> Make:
     """
     word = _WORD_OF.get(to) if isinstance(to, type) else to
     if isinstance(word, str):
-        if not re.fullmatch(r"group:[1-9]\d*", word) and word not in WORDS:
-            raise SurgeryError(f"no layer is called {word!r}; there are {', '.join(WORDS)}, and group:G")
+        check_word(word)
         return lambda layer, kind: _by_word(word, layer, kind)
-    if isinstance(to, type) or not callable(to):
+    if isinstance(to, (type, nn.Module)) or not callable(to):
         raise SurgeryError(f"{to!r} is no layer to become: give a word, one of normwise's named classes, or a function")
     return lambda layer, kind: to(layer)
 
 
 def _by_word(word: str, layer: nn.Module, kind: Kind) -> nn.Module:
+    if word == kind.name:
+        return layer
     features, axis = features_of(kind)
-    affine = any(parameter is not None for parameter in layer._parameters.values())
-    new = named_layer(word, features, axis, affine=affine)
-    if isinstance(kind.converted, Activated):
-        after: Any = layer
-        return nn.Sequential(OrderedDict(norm=new, drop=after.drop, act=after.act))
-    return new
+    spec = cast("NormSpec", kind.spec)
+    eps = spec.normalizer.eps if isinstance(spec.normalizer, (Standardize, RMS)) else None
+    return named_layer(word, features, axis, affine=spec.recovery is not None, eps=eps)
 
 
 def features_of(kind: Kind) -> tuple[int, Axis]:
     """How many channels a layer normalizes, and on which axis they are: the second, or the last.
 
     Raises:
-        SurgeryError: it is declared over several dimensions, or none that is its channels.
+        SurgeryError: its channels are several dimensions, unknown, or on another axis.
     """
     spec = kind.spec
     if spec is None:
-        raise SurgeryError("it has no declaration")
+        raise SurgeryError("its converter gives no declared Norm, which would tell its channels: give a function")
     place = channel_place(spec)
     if place is None or len(spec.parameter_over) > 1:
-        raise SurgeryError(f"'{spec.text}' is over several dimensions, not over channels")
+        raise SurgeryError(f"'{spec.text}' has no single dimension that is known to be its channels")
     rank = 4 if spec.pattern.open_ended else len(spec.pattern.dims)
     dim, sizes = channel_dim(spec, rank), dict(spec.sizes)
     known = [sizes.get(axis.name, 0) for axis in spec.pattern.dims[place]]
     if dim not in (1, rank - 1) or 0 in known:
         raise SurgeryError(f"'{spec.text}' has no known number of channels on its second or last axis")
     return math.prod(known), 1 if dim == 1 else -1
-
-
-def _swapped(
-    site: Site, kind: Kind | None, make: Callable[[Any, Kind], nn.Module], model: nn.Module
-) -> Decision | None:
-    if kind is None:
-        return None
-    try:
-        new = make(site.module, kind)
-    except NormwiseError as error:
-        raise SurgeryError(f"{site.path}: {error}") from error
-    if not isinstance(new, nn.Module):
-        raise SurgeryError(f"{site.path}: the function gave {new!r}, which is no module")
-    if new is site.module:
-        return None
-    home = home_of(site.module, model)
-    inner = new.norm if isinstance(new, nn.Sequential) and hasattr(new, "norm") else new
-    if home is not None:
-        new = new.to(*home)
-    kept = _keep(site.module, cast("nn.Module", inner), kind)
-    inherit(site.module, new)
-    return Decision(new, kept)
-
-
-def _keep(old: nn.Module, new: nn.Module, kind: Kind) -> str:
-    """Give the new layer the old one's gain, bias and memory where it has them; in words."""
-    kept, lost = [], []
-    offset = kind.spec is not None and isinstance(kind.spec.recovery, OffsetScale)
-    for name, word in (("weight", "gain"), ("bias", "bias")):
-        given = getattr(old, name, None)
-        if not isinstance(given, Tensor):
-            continue
-        place = new._parameters.get(name)
-        if place is None or place.shape != given.shape:
-            lost.append(word)
-            continue
-        if offset and name == "weight":
-            given = nn.Parameter(1 + given.detach(), given.requires_grad)
-        new._parameters[name] = given if isinstance(given, nn.Parameter) else nn.Parameter(given.detach().clone())
-        kept.append(word)
-    return "; ".join(filter(None, (_listed("keeps", [*kept, *_keep_memory(old, new)]), _listed("without", lost))))
-
-
-def _keep_memory(old: nn.Module, new: nn.Module) -> list[str]:
-    """The memory, where both remember the same statistics of batches."""
-    known = kind_of(new)
-    names = [name for name, buffer in old._buffers.items() if buffer is not None]
-    same = known is not None and known.name == "batch" and isinstance(new, (Norm, _BatchNorm))
-    if not names or not same or not isinstance(old, (Norm, _BatchNorm)) or kind_of(old).name != "batch":  # type: ignore[union-attr]
-        return []
-    if any(new._buffers.get(name) is None or new._buffers[name].shape != old._buffers[name].shape for name in names):  # type: ignore[union-attr]
-        return []
-    for name in names:
-        new._buffers[name] = old._buffers[name]
-    return ["memory"]
-
-
-def _listed(how: str, words: list[str]) -> str:
-    return f"{how} {', '.join(words)}" if words else ""
 
 
 # ---------------------------------------------------------------------------------------------------- before and after
@@ -274,35 +283,14 @@ def _probe(model: nn.Module, batch: Any, forward: Forward | None) -> Probe | Non
     return found
 
 
-def _check_runs(model: nn.Module, probe: Probe | None, forward: Forward | None, edits: Edits) -> tuple[str, ...]:
+def _check_runs(model: nn.Module, probe: Probe | None, forward: Forward | None) -> tuple[str, ...]:
     """Refuse a model that does not run any more; a note where only an input that was found may be too small."""
     if probe is None:
-        return ()
+        return ("no input of the model was found, on which to see that it still runs: give a batch",)
     try:
         outputs_of(model, probe, forward)
     except Exception as error:
         if isinstance(error, TooFewSamplesError) and probe.name == "found":
             return (f"an input that was found is too small now: {error}",)
-        edits.undo()
         raise SurgeryError(f"swap: the model then fails: {error}; it is as it was") from error
     return ()
-
-
-def _is_trained(layer: nn.Module) -> bool:
-    """Whether a batch has entered its memory, or its parameters have moved from where they start."""
-    batches = layer._buffers.get("num_batches_tracked")
-    if batches is not None and not batches.is_meta and bool((batches > 0).any()):
-        return True
-    moved = False
-    for parameter in layer._parameters.values():
-        if parameter is not None and not parameter.is_meta:
-            moved |= not bool((parameter == parameter.flatten()[0]).all())
-    return moved
-
-
-def _after_training(record: Record) -> str:
-    """What a trained model needs now."""
-    layers = (record.model.get_submodule(path) for path in record.paths if record.model is record.original)
-    remembers = any(layer._buffers.get("running_mean") is not None for layer in layers)
-    hint = ", and nw.recalibrate(model, batches) before it is evaluated sooner" if remembers else ""
-    return f"swap: the weights were trained with other normalizations: train the model before you use it{hint}"

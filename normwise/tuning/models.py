@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normwise.errors import StudyError
+from normwise.errors import StudyError, SurgeryError
+from normwise.surgery.swap import renew
 from normwise.tuning.norms import NormFactory
-from normwise.tuning.replace import replace_norms
 from normwise.tuning.user import blame, name_of, resolve
 
 Factory = Callable[..., Any]
+
+_WAY_OUT = "give the factory a `norm` argument and let it make its layers as norm(features)"
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,18 @@ class Architecture:
             model = self.factory(norm=norm) if self.takes_norm else self.factory()
         if not isinstance(model, nn.Module):
             raise StudyError(f"model {self.label!r} returned a {type(model).__name__}, not a torch.nn.Module")
-        return model if self.takes_norm else replace_norms(model, norm, self.label)
+        return model if self.takes_norm else exchange_norms(model, norm, self.label)
+
+
+def exchange_norms(model: nn.Module, norm: NormFactory, label: str) -> nn.Module:
+    """The model with each of its normalization layers exchanged, in place, for `norm(channels, axis)`.
+
+    Raises StudyError for a model without one, or with one that cannot be exchanged faithfully; it is then as it was.
+    """
+    try:
+        return renew(model, norm)
+    except SurgeryError as error:
+        raise StudyError(f"model {label!r}: {error}: {_WAY_OUT}") from error
 
 
 def find(model: str | Factory, inputs: Tensor | None, outputs: int) -> Architecture:
@@ -48,7 +61,9 @@ def find(model: str | Factory, inputs: Tensor | None, outputs: int) -> Architect
     `inputs` are examples and `outputs` the numbers to predict; the built-in models take their sizes from them, and
     those of the digits where there are no data.
 
-    >>> find("mlp", torch.zeros(1, 13), 3).build(lambda features, axis=1: nn.Identity())(torch.zeros(5, 13)).shape
+    >>> from normwise.tuning import models
+    >>> model = models.find("mlp", torch.zeros(1, 13), 3).build(lambda features, axis=1: nn.Identity())
+    >>> model(torch.zeros(5, 13)).shape
     torch.Size([5, 3])
     """
     if isinstance(model, str) and model in BUILT_IN:

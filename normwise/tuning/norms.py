@@ -1,18 +1,7 @@
 """The normalizations of a study: from what the user wrote to a callable that makes the layer.
 
 A choice is called as `norm(features, axis=1)`: channels first as in images, or `axis=-1` for channels last as in
-sequences. Built-in names mean, for channels first,
-
-======== ===================== =============================================
-name     layer                 statistics of
-======== ===================== =============================================
-none     `torch.nn.Identity`   nothing
-rms      `RMSNorm2d`           the features at each position
-layer    `LayerNorm2d`         the features at each position
-group:G  `GroupNorm`           a group of channels of each example
-instance `InstanceNorm`        each channel of each example
-batch    `BatchNorm`           each channel over batch and positions
-======== ===================== =============================================
+sequences. The names are those of `surgery.words`.
 """
 
 from __future__ import annotations
@@ -21,24 +10,20 @@ import difflib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
 from normwise.errors import PatternError, StudyError
-from normwise.layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, LayerNorm2d, RMSNorm, RMSNorm2d
 from normwise.memory import Moving
 from normwise.norm import Norm
 from normwise.normalizers import Standardize
 from normwise.pattern import ELLIPSIS, Pattern, parse
 from normwise.recoveries import Affine
+from normwise.surgery.words import UPDATE_RATE, WORDS, Axis, group_count, grouped, named_layer
 
-Axis = Literal[1, -1]
 NormFactory = Callable[..., nn.Module]
 
-NAMES = ("none", "rms", "layer", "group", "instance", "batch")  # the simplest first
 _GROUPS = 8
-_UPDATE_RATE = 0.1
 _LABEL = re.compile(r"[^\W\d][\w.:+-]*")
 _OUTSIDE_BRACKETS = re.compile(r",(?![^\[(]*[\])])")
 
@@ -60,9 +45,9 @@ class NormChoice:
     def simplicity(self) -> int:
         """Rank for a choice between equals: none < rms < layer < group < instance < what depends on the batch."""
         name = self.declaration.partition(":")[0]
-        if name in NAMES:
-            return NAMES.index(name)
-        return NAMES.index("batch" if _reduces_batch(parse(self.declaration)) else "group")
+        if name in WORDS:
+            return WORDS.index(name)
+        return WORDS.index("batch" if _reduces_batch(parse(self.declaration)) else "group")
 
     def __call__(self, features: int, axis: Axis = 1) -> nn.Module:
         """A layer for `features` channels, on the second axis (1) or on the last (-1)."""
@@ -71,8 +56,8 @@ class NormChoice:
         name, _, groups = self.declaration.partition(":")
         if name == "group":
             return _group(features, axis, int(groups) if groups else _divisor(features))
-        if name in _BUILT_IN:
-            return _BUILT_IN[name][0 if axis == 1 else 1](features)
+        if name in WORDS:
+            return named_layer(name, features, axis)
         return _from_pattern(parse(self.declaration), features)
 
 
@@ -87,7 +72,7 @@ def parse_norms(entries: str | Iterable[str]) -> tuple[NormChoice, ...]:
     texts = _OUTSIDE_BRACKETS.split(entries) if isinstance(entries, str) else list(entries)
     choices = tuple(_choice(text.strip()) for text in texts if text.strip())
     if not choices:
-        raise StudyError(f"no normalization to try: name some of {', '.join(NAMES)}, or a pattern")
+        raise StudyError(f"no normalization to try: name some of {', '.join(WORDS)}, or a pattern")
     labels = [choice.label for choice in choices]
     for label in labels:
         if labels.count(label) > 1:
@@ -109,7 +94,7 @@ def _check(declaration: str) -> None:
     if name == "group" and colon:
         if not groups.isdecimal() or int(groups) < 1:
             raise StudyError(f"{declaration!r}: the number of groups is a whole number from 1, as in group:8")
-    elif declaration not in NAMES:
+    elif declaration not in WORDS:
         if not re.search(r"[\[\](). ]", declaration):
             raise StudyError(_unknown(declaration))
         try:
@@ -122,57 +107,31 @@ def _check(declaration: str) -> None:
 
 
 def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name, NAMES, n=1)
+    close = difflib.get_close_matches(name, WORDS, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return (
-        f"no normalization named {name!r}; there are {', '.join(NAMES)}, group:G, and patterns as '[n] c [...]'{hint}"
+        f"no normalization named {name!r}; there are {', '.join(WORDS)}, group:G, and patterns as '[n] c [...]'{hint}"
     )
 
 
 # ------------------------------------------------------------------------------------------------------- the layers
 
 
-def _instance(features: int) -> nn.Module:
-    return InstanceNorm(features, affine=True)
-
-
-def _batch_last(features: int) -> nn.Module:
-    return _from_pattern(parse("[...] c"), features)
-
-
-def _instance_last(features: int) -> nn.Module:
-    return _from_pattern(parse("n [...] c"), features)
-
-
-def _identity(features: int) -> nn.Module:
-    return nn.Identity()
-
-
-_BUILT_IN: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], nn.Module]]] = {  # channels first, last
-    "none": (_identity, _identity),
-    "rms": (RMSNorm2d, RMSNorm),
-    "layer": (LayerNorm2d, LayerNorm),
-    "instance": (_instance, _instance_last),
-    "batch": (BatchNorm, _batch_last),
-}
-
-
 def _group(features: int, axis: Axis, groups: int) -> nn.Module:
+    """As many groups as were asked for, if need be of one channel each."""
     if features % groups:
         raise StudyError(f"group:{groups} cannot split {features} features into {groups} equal groups")
-    if axis == 1:
-        return GroupNorm(groups, features)
-    return Norm("n [...] (g [k])", Standardize(), Affine("(g k)"), g=groups, k=features // groups)
+    return grouped(features, axis, groups)
 
 
 def _divisor(features: int) -> int:
-    """The largest number of groups, 8 at most, that divides the features and leaves two a group or more."""
-    return max((g for g in range(1, _GROUPS + 1) if features % g == 0 and features // g >= 2), default=1)
+    """The largest number of groups, 8 at most, that divides the features and leaves two a group or more; or one."""
+    return group_count(features, _GROUPS) if features > 1 else 1
 
 
 def _from_pattern(pattern: Pattern, features: int) -> nn.Module:
     channels = _channels(pattern)
-    memory = Moving(_memory(pattern), update_rate=_UPDATE_RATE) if _reduces_batch(pattern) else None
+    memory = Moving(_memory(pattern), update_rate=UPDATE_RATE) if _reduces_batch(pattern) else None
     return Norm(pattern.text, Standardize(), Affine(channels), memory, sizes=_sizes(channels, features))
 
 

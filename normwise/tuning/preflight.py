@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from normwise.errors import StudyError
+from normwise.surgery.words import Axis
 from normwise.tuning.data import Data, Split, check_labels
-from normwise.tuning.norms import Axis, NormChoice
+from normwise.tuning.norms import NormChoice
 from normwise.tuning.seeding import one_thread, seeded
 from normwise.tuning.training import Training, predict
 from normwise.tuning.trial import Problem
