@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -24,7 +25,7 @@ def feed(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
     batch = moved(batch, device_of(model))
     if forward is not None:
         return forward(model, batch)
-    if isinstance(batch, (tuple, list)):
+    if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
         batch = batch[0]
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
@@ -40,6 +41,8 @@ def mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The batch with its tensors changed."""
     if isinstance(batch, Tensor):
         return change(batch)
+    if isinstance(batch, PackedSequence):
+        return batch._replace(data=change(batch.data))
     if isinstance(batch, Mapping):
         items = {key: mapped(value, change) for key, value in batch.items()}
         return items if type(batch) is dict else _again(batch, items)
@@ -64,19 +67,30 @@ def device_of(model: nn.Module) -> torch.device | None:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in an output, in order, however deep in mappings, tuples, lists and dataclasses.
+    """The tensors in an output, in order, however deep in mappings, tuples, lists and the attributes of plain objects.
 
     >>> len(list(tensors_in({"loss": torch.zeros(()), "states": (torch.zeros(2), None)})))
     2
     """
+    yield from _tensors_in(value, ())
+
+
+def _tensors_in(value: Any, within: tuple[int, ...]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from tensors_in(part)
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from tensors_in(part)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from tensors_in(getattr(value, field.name))
+    elif id(value) not in within:
+        for part in _parts(value):
+            yield from _tensors_in(part, (*within, id(value)))
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """What a container or an object holds; nothing of what is no output: modules, classes, functions, text."""
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, (tuple, list)):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in fields(value)]
+    if isinstance(value, (nn.Module, type)) or callable(value) or type(value).__module__ == "builtins":
+        return ()
+    return vars(value).values() if hasattr(value, "__dict__") else ()

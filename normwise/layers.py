@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +118,14 @@ class InstanceNorm(Tracking, _InstanceNorm):  # type: ignore[misc]  # eps is an 
     ) -> None:
         memory = torch_memory(momentum, nonfinite, degenerate)
         self._declare("n c [...]", num_features, eps, affine, track_running_stats, memory, device, dtype)
+
+    single_example_rank: int | None = None  # inputs of so many dimensions are one example; adopted layers take them
+
+    def forward(self, input: Tensor, **options: Any) -> Any:  # noqa: A002 - torch's name
+        """As any layer; a layer that stands for one of torch's takes a single example as well, as that does."""
+        if self.single_example_rank is not None and input.dim() == self.single_example_rank and not options:
+            return super().forward(input[None])[0]
+        return super().forward(input, **options)
 
     def _use_of_memory(self, plan: Plan, mask: Tensor | None) -> Use | None:
         return super()._use_of_memory(plan, mask) if self.track_running_stats else None

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from normwise.errors import NormwiseError, SurgeryError
 from normwise.norm import Norm
+from normwise.places import places
 from normwise.record import Line, Record, shown
 from normwise.remembering import never_trained
 
@@ -60,11 +61,12 @@ def freeze(model: nn.Module, names: str | Sequence[str] | None = None, *, parame
     layers = _ours(found)
     undone: list[Callable[[], None]] = []
     changed: list[Line] = []
-    for path, layer in layers:
-        before = _described(layer)
-        layer._freeze(parameters=parameters)
-        undone.append(layer._thaw)
-        changed.append(Line(path, before, _described(layer), _frozen_parts(layer, parameters=parameters)))
+    with _whole(undone):
+        for path, layer in layers:
+            before = _described(layer)
+            layer._freeze(parameters=parameters)
+            undone.append(layer._thaw)
+            changed.append(Line(path, before, _described(layer), _frozen_parts(layer, parameters=parameters)))
     left = [Line(path, shown(layer), None, _TORCHS_OWN) for path, layer in found if not isinstance(layer, Norm)]
     return Record("freeze", model, tuple(changed), tuple(left), inverse=partial(_take_back, undone))
 
@@ -92,15 +94,16 @@ def unfreeze(model: nn.Module, names: str | Sequence[str] | None = None) -> Reco
     undone: list[Callable[[], None]] = []
     changed: list[Line] = []
     left: list[Line] = []
-    for path, layer in _ours(_normalizations(model, names)):
-        before = _described(layer)
-        if not layer.frozen:
-            left.append(Line(path, before, None, "it was not frozen"))
-            continue
-        undone.append(partial(_freeze_again, layer, layer._freezes, parameters=bool(layer._froze)))
-        layer._freezes = 1
-        layer._thaw()
-        changed.append(Line(path, before, _described(layer), "it moves again"))
+    with _whole(undone):
+        for path, layer in _ours(_normalizations(model, names)):
+            before = _described(layer)
+            if not layer.frozen:
+                left.append(Line(path, before, None, "it was not frozen"))
+                continue
+            undone.append(partial(_freeze_again, layer, layer._freezes, parameters=bool(layer._froze)))
+            layer._freezes = 1
+            layer._thaw()
+            changed.append(Line(path, before, _described(layer), "it moves again"))
     return Record("unfreeze", model, tuple(changed), tuple(left), inverse=partial(_take_back, undone))
 
 
@@ -211,6 +214,16 @@ def accumulate(model: nn.Module, window: int) -> Iterator[None]:
             layer._drop_pool()
 
 
+@contextmanager
+def _whole(undone: list[Callable[[], None]]) -> Iterator[None]:
+    """All of it or nothing."""
+    try:
+        yield
+    except BaseException:
+        _take_back(undone)
+        raise
+
+
 def _take_back(inverses: list[Callable[[], None]]) -> None:
     """The last first."""
     while inverses:
@@ -251,9 +264,9 @@ def _normalizations(model: nn.Module, names: str | Sequence[str] | None) -> list
         SurgeryError: no path fits one of the patterns.
     """
     paths: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (Norm, *_TORCHS)):
-            paths.setdefault(module, []).append(path or type(module).__name__)
+    for place in places(model):
+        if isinstance(place.module, (Norm, *_TORCHS)):
+            paths.setdefault(place.module, []).append(place.path or type(place.module).__name__)
     if names is None:
         return [(held[0], module) for module, held in paths.items()]
     chosen: set[nn.Module] = set()

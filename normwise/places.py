@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from operator import setitem
+from operator import getitem, setitem
 from typing import Any
 
 from torch import nn
@@ -27,6 +27,7 @@ class Place:
     module: nn.Module
     registered: bool
     put: Callable[[nn.Module], None] = field(compare=False, repr=False)
+    get: Callable[[], Any] = field(compare=False, repr=False)  # what stands there now
 
 
 def places(model: nn.Module) -> list[Place]:
@@ -40,11 +41,7 @@ def places(model: nn.Module) -> list[Place]:
     >>> [place.path for place in places(model)]
     ['', '0', 'norms[0]']
     """
-
-    def refuse(new: nn.Module) -> None:
-        raise SurgeryError("the model itself cannot be exchanged in place")
-
-    found = [Place("", model, True, refuse)]
+    found = [Place("", model, True, refuse, partial(_same, model))]
     seen: set[nn.Module] = set()
     _visit("", model, seen, found)
     return found
@@ -56,6 +53,15 @@ def all_modules(model: nn.Module) -> dict[nn.Module, str]:
     for place in places(model):
         found.setdefault(place.module, place.path)
     return found
+
+
+def refuse(new: nn.Module) -> None:
+    """Nothing holds the model."""
+    raise SurgeryError("the model itself cannot be exchanged in place")
+
+
+def _same(module: nn.Module) -> nn.Module:
+    return module
 
 
 def _visit(path: str, module: nn.Module, seen: set[nn.Module], found: list[Place]) -> None:
@@ -73,26 +79,33 @@ def _held_by(path: str, module: nn.Module) -> Iterator[Place]:
     prefix = f"{path}." if path else ""
     for name, child in module._modules.items():
         if child is not None:
-            yield Place(prefix + name, child, True, partial(setitem, module._modules, name))
+            put, get = partial(setitem, module._modules, name), partial(getitem, module._modules, name)
+            yield Place(prefix + name, child, True, put, get)
     for name, value in module.__dict__.items():
-        if name not in _TORCHS:
-            yield from _in_value(prefix + name, value, partial(_put_attribute, module, name), ())
+        if name not in OWN_ATTRIBUTES:
+            put, get = partial(_put_attribute, module, name), partial(getattr, module, name)
+            yield from _in_value(prefix + name, value, put, get, ())
 
 
-_TORCHS = frozenset(nn.Module().__dict__)  # what torch itself keeps in a module
+OWN_ATTRIBUTES = frozenset(nn.Module().__dict__)  # what torch itself keeps in a module
 
 
-def _in_value(path: str, value: Any, put: Callable[[Any], None], within: tuple[int, ...]) -> Iterator[Place]:
+def _in_value(
+    path: str, value: Any, put: Callable[[Any], None], get: Callable[[], Any], within: tuple[int, ...]
+) -> Iterator[Place]:
     """The modules in an attribute's value, however deep in lists, tuples and dictionaries."""
     if isinstance(value, nn.Module):
-        yield Place(path, value, False, put)
+        yield Place(path, value, False, put, get)
     elif isinstance(value, (list, tuple, dict)) and id(value) not in within:
-        current = list(value) if isinstance(value, tuple) else []
+        current: Any = list(value) if isinstance(value, tuple) else value
         for key in list(value) if isinstance(value, dict) else range(len(value)):
+            if not isinstance(value[key], (nn.Module, list, tuple, dict)):
+                continue
             into: Callable[[Any], None] = partial(setitem, value, key)
             if isinstance(value, tuple):
                 into = partial(_put_into_tuple, value, current, key, put)
-            yield from _in_value(f"{path}[{key!r}]", value[key], into, (*within, id(value)))
+            out = partial(getitem, current, key)
+            yield from _in_value(f"{path}[{key!r}]", value[key], into, out, (*within, id(value)))
 
 
 def _put_attribute(module: nn.Module, name: str, new: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -94,12 +95,16 @@ class Record(AbstractContextManager["Record"]):
     def undo(self) -> nn.Module:
         """Take back what the operation did, bit for bit, and give the model as it was.
 
-        What was trained since then stays in parameters that the operation kept, and is lost in those it changed. A
-        second call does nothing.
+        What was trained, loaded or moved since then stays in layers whose tensors the operation kept, and is lost where
+        it changed them: undo a `fold` in the dtype in which it was done. A second call does nothing.
+
+        Raises:
+            SurgeryError: another operation has exchanged the same layers since: undo that first.
         """
-        inverse, self.inverse = self.inverse, None
+        inverse = self.inverse
         if inverse is not None:
             inverse()
+            self.inverse = None
             self.model = self.model if self.original is None else self.original
         return self.model
 
@@ -121,7 +126,7 @@ class Record(AbstractContextManager["Record"]):
 
     def to_json(self) -> str:
         """The same as text."""
-        return json.dumps(self.to_dict(), indent=2)
+        return json.dumps(_finite(self.to_dict()), indent=2)
 
     def __repr__(self) -> str:
         return f"Record({self.operation!r}, {len(self.changed)} changed, {len(self.left)} left)"
@@ -137,6 +142,15 @@ class Record(AbstractContextManager["Record"]):
             parts.append("\n".join(["largest difference of the outputs", *(f"  {check}" for check in self.proof)]))
         parts += [f"note: {note}" for note in self.notes]
         return "\n\n".join(parts)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def shown(layer: nn.Module) -> str:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from normwise.places import all_modules
-
-_COUNTS = ("_skips", "_fed")  # what a layer of normwise keeps beside its buffers
+from normwise.places import OWN_ATTRIBUTES, all_modules
 
 
 @contextmanager
@@ -25,8 +24,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     Put back are the buffers (their values, and which tensors they are), which tensors the parameters are, their `grad`
     and `requires_grad`, the mode of every module, and the random number generators of torch, Python and NumPy. A layer
     whose sizes were found within waits for them again: a probe decides neither on them nor on the first weights. The
-    values of other parameters are not copied, because a forward does not change them. Modules that are exchanged within
-    stay exchanged.
+    values of parameters are not copied, except those of embeddings with a `max_norm`, which a forward scales. Plain
+    attributes are put back, with the items of lists and dictionaries; what is deeper in them is not. So are hooks,
+    which run as in any forward. Modules that are exchanged within stay exchanged.
 
     >>> model = nn.Sequential(nn.LazyLinear(2), nn.BatchNorm1d(2))
     >>> with untouched(model):
@@ -35,35 +35,88 @@ def untouched(model: nn.Module) -> Iterator[None]:
     (LazyLinear(in_features=0, out_features=2, bias=True), tensor(0))
     """
     modules = list(all_modules(model))
-    modes = [(module, module.training) for module in modules]
-    tables = [(table, dict(table)) for module in modules for table in _tables(module)]
-    counts = [(module, _counts(module)) for module in modules]
-    values = [(tensor, tensor.detach().clone()) for tensor in _values(modules)]
-    gradients = [(p, p.requires_grad, p.grad, None if p.grad is None else p.grad.clone()) for p in _parameters(modules)]
-    unsized = _Unsized(modules)
-    devices = sorted({tensor.device.index or 0 for tensor, _ in values if tensor.device.type == "cuda"})
+    kept: tuple[_Part, ...] = (_Tables(modules), _Values(modules), _Gradients(modules), _Unsized(modules))
+    devices = sorted({t.device.index or 0 for m in modules for t in _tensors(m) if t.device.type == "cuda"})
     with torch.random.fork_rng(devices), _other_generators():
         try:
             yield
         finally:
-            for module, training in modes:
-                module.training = training
-            for table, kept in tables:
-                _restore(table, kept)
-            for module, kept in counts:
-                for name in _counts(module).keys() - kept.keys():
-                    del module.__dict__[name]
-                module.__dict__.update(kept)
-            with torch.no_grad():
-                for tensor, value in values:
-                    _put_back(tensor, value)
-                for parameter, requires_grad, grad, copied in gradients:
-                    parameter.requires_grad = requires_grad
-                    if parameter.grad is not grad:
-                        parameter.grad = grad
-                    if grad is not None and copied is not None:
-                        grad.copy_(copied)
-            unsized.put_back()
+            for part in kept:
+                part.put_back()
+
+
+class _Part(Protocol):
+    """A part of what a model is, as it was."""
+
+    def put_back(self) -> None: ...
+
+
+class _Tables:
+    """Which tensors, hooks, attributes and mode each module has."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modes = [(module, module.training) for module in modules]
+        self._tables = [(table, dict(table)) for module in modules for table in _tables(module)]
+        self._attributes = [(module, _attributes(module)) for module in modules]
+        self._contents = [_Contents(value) for _, kept in self._attributes for value in kept.values()]
+
+    def put_back(self) -> None:
+        for module, training in self._modes:
+            module.training = training
+        for table, kept in self._tables:
+            _restore(table, kept)
+        for module, kept in self._attributes:
+            for name in _attributes(module).keys() - kept.keys():
+                del module.__dict__[name]
+            module.__dict__.update(kept)
+        for contents in self._contents:
+            contents.put_back()
+
+
+class _Values:
+    """The values of the tensors that a forward may change."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._kept = [(tensor, tensor.detach().clone()) for tensor in _values(modules)]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for tensor, value in self._kept:
+            _put_back(tensor, value)
+
+
+class _Gradients:
+    """The gradients of the parameters, and which of them take one."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        held = ((p, p.grad) for p in _parameters(modules))
+        self._kept = [(p, p.requires_grad, grad, None if grad is None else grad.clone()) for p, grad in held]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for parameter, requires_grad, grad, copied in self._kept:
+            parameter.requires_grad = requires_grad
+            if parameter.grad is not grad:
+                parameter.grad = grad
+            if grad is not None and copied is not None:
+                grad.copy_(copied)
+
+
+class _Contents:
+    """The items of a plain attribute that is a list, a set or a dictionary."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        self._kept = value.copy() if type(value) in (list, set, dict, OrderedDict) else None
+
+    def put_back(self) -> None:
+        if self._kept is None:
+            return
+        if isinstance(self._value, list):
+            self._value[:] = self._kept
+        else:
+            self._value.clear()
+            self._value.update(self._kept)
 
 
 class _Unsized:
@@ -77,8 +130,7 @@ class _Unsized:
         waiting = [m for m in modules if isinstance(m, LazyModuleMixin) or any(map(is_lazy, _tensors(m)))]
         self._tensors = [(t, type(t), t.data) for module in waiting for t in _tensors(module) if is_lazy(t)]
         self._modules = [(module, type(module), dict(module.__dict__)) for module in waiting]
-        hooks = [value for m in waiting for name, value in m.__dict__.items() if "hook" in name]
-        self._hooks = [(table, dict(table)) for table in hooks if isinstance(table, dict)]
+        self._hooks = [(table, dict(table)) for module in waiting for table in _tables(module)]
 
     def put_back(self) -> None:
         for tensor, its_class, data in self._tensors:
@@ -113,8 +165,9 @@ def seed(number: int) -> None:
 
 
 def _tables(module: nn.Module) -> Iterator[dict[str, Any]]:
-    """The dictionaries of a module's tensors; those of a scripted one cannot be changed."""
-    yield from (table for table in (module._parameters, module._buffers) if isinstance(table, dict))
+    """The dictionaries of a module's tensors and hooks; those of a scripted one cannot be changed."""
+    hooks = (value for name, value in module.__dict__.items() if "hook" in name)
+    yield from (table for table in (module._parameters, module._buffers, *hooks) if isinstance(table, dict))
 
 
 def _parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
@@ -123,8 +176,9 @@ def _parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     return list({id(parameter): parameter for parameter in held}.values())
 
 
-def _counts(module: nn.Module) -> dict[str, Any]:
-    return {name: module.__dict__[name] for name in _COUNTS if name in module.__dict__}
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """A module's plain attributes."""
+    return {name: value for name, value in module.__dict__.items() if name not in OWN_ATTRIBUTES}
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -134,8 +188,11 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _values(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    """The tensors that a forward may change: buffers and counts, each once."""
-    held = [value for module in modules for value in (*module._buffers.values(), *_counts(module).values())]
+    """The tensors that a forward may change, each once: buffers, attributes, the embeddings that it scales."""
+    held: list[Any] = [value for module in modules for value in module._buffers.values()]
+    held += [value for module in modules for value in _attributes(module).values()]
+    scaled = [m for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None]
+    held += [module.weight for module in scaled]
     yield from {id(tensor): tensor for tensor in held if isinstance(tensor, Tensor) and not is_lazy(tensor)}.values()
 
 
@@ -150,5 +207,5 @@ def _put_back(tensor: Tensor, value: Tensor) -> None:
         return
     if tensor.shape != value.shape:  # it grew
         tensor.set_(value)  # type: ignore[call-overload]  # its stubs know storages only
-    elif not torch.equal(tensor, value):
+    elif not (torch.equal(tensor, value) and torch.equal(tensor.signbit(), value.signbit())):  # 0 is not -0
         tensor.copy_(value)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -106,3 +108,31 @@ def test_it_prints_and_serializes() -> None:
     assert lines[2].startswith("blocks.0.1, again")
     assert json.loads(json.dumps(found.to_dict()))[0]["path"] == "bn"
     assert str(nw.find(nn.Linear(2, 2))) == "no normalization"
+
+
+def test_a_per_step_memory_that_is_still_empty() -> None:
+    (found,) = nw.find(nw.Norm("[n] t c", memory=nw.Moving("t c", decay=0.9, beyond={"t": "last"}), c=6))
+    assert found.batches == 0
+
+
+def test_a_scripted_part_is_named_and_the_rest_is_seen() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scripting itself is deprecated
+        part = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
+    found = nw.find(nn.Sequential(part, nn.BatchNorm1d(4)))
+    assert [(one.path, one.reason) for one in found] == [("0.1", "it is scripted"), ("1", "")]
+    assert found[1].calls == 1
+
+
+def test_a_batch_of_packed_sequences() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.norm = nn.GRU(3, 4), nn.LayerNorm(4)
+
+        def forward(self, packed: Any) -> Tensor:
+            return self.norm(self.rnn(packed)[1])
+
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(5, 2, 3), torch.tensor([5, 3]))
+    assert nw.find(Net(), packed)[0].calls == 1
+    assert nw.adopt(Net(), packed).paths == ("norm",)

@@ -93,11 +93,17 @@ def test_two_calls_are_two_steps() -> None:
 
 def test_a_parameter_that_is_used_outside_of_its_layer() -> None:
     model, flow = traced(lambda m, x: F.linear(m.a(x), m.a.weight, m.b.bias))
-    assert flow.calls(model.a)[0] in flow.readers_of(model.a.weight)
-    assert len(flow.readers_of(model.a.weight)) == 2
-    (outside,) = flow.readers_of(model.b.bias)
-    assert outside.layer is None
-    assert flow.readers_of(model.norm.weight) == []
+    assert flow.elsewhere(model.a) == "is also read by t"
+    assert flow.elsewhere(model.b) == "is also read by addmm"
+    assert flow.elsewhere(model.norm) is None
+
+
+def test_a_parameter_of_two_layers() -> None:
+    def tie(model: nn.Module) -> None:
+        model.b.weight = model.a.weight
+
+    model, flow = traced(lambda m, x: m.a(x), tie)  # b is not called
+    assert flow.elsewhere(model.a) == "is also b.weight"
 
 
 def test_what_a_hook_does_to_the_output_stands_between() -> None:
@@ -115,7 +121,7 @@ def test_a_tensor_that_is_stored_and_used_later() -> None:
         return model.norm(y + model.kept)
 
     model, flow = traced(body)
-    assert read_by(flow, model.a) == ["add"]
+    assert read_by(flow, model.a) == ["add", "the attribute kept"]
 
 
 def test_attention_is_read() -> None:

@@ -182,7 +182,7 @@ REFUSED: dict[str, tuple[Build, tuple[int, ...], dict[str, str]]] = {
     ),
     "a mask": (
         lambda: wired(lambda m, x: m.c(m.b(m.c(x), valid=x[..., 0] > 0)), c=linear(), b=nw.BatchNorm(8)), ROWS,
-        {"b": "it is called with a mask or a residual"},
+        {"b": "it is called with a mask, lengths or a residual"},
     ),
     "an LSTM": (
         lambda: wired(lambda m, x: m.b(m.r(m.b(x).mT.mT)[0]), b=nn.RMSNorm(8), r=nn.LSTM(8, 8)), TOKENS,
@@ -252,10 +252,20 @@ def test_weights_that_are_tied_to_a_layer_which_this_forward_does_not_reach() ->
     changes_nothing(tied(called=False)(), torch.randn(TOKENS))
 
 
-def test_an_output_that_cannot_be_looked_into_proves_nothing() -> None:
-    model = linear_bn(lambda m, x: (lambda y: SimpleNamespace(features=y, logits=m.b(y)))(m.c(x)))()
+def test_what_is_in_the_attributes_of_an_output_is_read() -> None:
+    changes_nothing(
+        linear_bn(lambda m, x: (lambda y: SimpleNamespace(features=y, logits=m.b(y)))(m.c(x)))(), torch.randn(ROWS)
+    )
+
+
+NOTHING_TO_COMPARE = {"none": lambda y: None, "an array": lambda y: y.numpy(), "NaN": lambda y: y * torch.nan}
+
+
+@pytest.mark.parametrize("make", NOTHING_TO_COMPARE.values(), ids=NOTHING_TO_COMPARE)
+def test_an_output_without_finite_numbers_proves_nothing(make: Any) -> None:
+    model = linear_bn(lambda m, x: make(m.b(m.c(x)).detach()))()
     x, before = torch.randn(ROWS), everything(model)
-    with pytest.raises(SurgeryError):
+    with pytest.raises(SurgeryError, match=r"^fold: what the model returns holds no finite numbers"):
         nw.fold(model, x)
     assert everything(model) == before
 

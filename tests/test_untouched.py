@@ -341,3 +341,38 @@ def test_a_layer_that_a_probe_does_not_reach_still_waits() -> None:
         pass
     assert repr(model) == shown
     assert [p.requires_grad for p in model.parameters()] == [True] * 4
+
+
+def test_embeddings_that_a_forward_scales_and_plain_attributes() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.norm = nn.Embedding(9, 8, max_norm=1.0), nn.LayerNorm(8)
+            self.calls, self.seen, self.total = 0, [], torch.zeros(())
+            self.sizes: dict[str, int] = {}
+
+        def forward(self, ids: Tensor) -> Tensor:
+            self.calls += 1
+            self.seen.append(ids)
+            self.sizes["rows"] = len(ids)
+            self.total += 1
+            self.last = self.norm(self.words(ids))
+            self.norm.register_forward_hook(lambda *_: None)
+            return self.last
+
+    model = Counting()
+    weight = model.words.weight.detach().clone()
+    with untouched(model):
+        model(torch.arange(9))
+        assert not torch.equal(model.words.weight, weight)
+    assert torch.equal(model.words.weight, weight)
+    assert (model.calls, model.seen, model.sizes, float(model.total)) == (0, [], {}, 0.0)
+    assert not hasattr(model, "last")
+    assert not model.norm._forward_hooks
+
+
+def test_a_zero_that_becomes_negative() -> None:
+    model = nn.BatchNorm1d(2)
+    with untouched(model):
+        model.running_mean.neg_()
+    assert not model.running_mean.signbit().any()

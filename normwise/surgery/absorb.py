@@ -40,7 +40,9 @@ def is_linear(layer: nn.Module | None) -> bool:
         return False
     known = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
     base = next((kind for kind in known if isinstance(layer, kind)), None)
-    return _is_conv1d(layer) if base is None else type(layer).forward is base.forward
+    if base is None:
+        return _is_conv1d(layer)
+    return all(getattr(type(layer), name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
 
 
 def _is_conv1d(layer: nn.Module) -> bool:

@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normwise.batches import Forward, tensors_in
+from normwise.layers import InstanceNorm
 from normwise.norm import Norm
 from normwise.pattern import ELLIPSIS
 from normwise.record import Record
 from normwise.spec import NormSpec
 from normwise.surgery.converters import BY_RANK, TORCH, to_torch
 from normwise.surgery.edits import Edits
-from normwise.surgery.exchange import HOOKS, Decide, Decision, Site, exchange, move_over, opened
+from normwise.surgery.exchange import Decide, Decision, Site, exchange, leave_fast_path, move_over, opened
+from normwise.surgery.flow import HOOKS
 from normwise.surgery.kinds import kind_of
 from normwise.surgery.probes import Probe, found_batch, probes_for
 from normwise.surgery.proof import Proof, distance, outputs_of
@@ -102,15 +105,18 @@ def _proved(
     tolerance: float,
 ) -> Record:
     """Exchange the layers, and compare the model with what it was."""
-    proof = Proof(operation, model, probes, forward)
+    proof = Proof(operation, model, probes, forward, exact=True)
     with Edits() as edits:
         record = exchange(model, edits, decide)
         record.operation = operation
+        leave_fast_path(record.model, edits)
         if record.changed:
             record.proof = proof.check(record.model, edits, tolerance)
-    if not probes:
-        record.notes += ("no input of the model was found: its layers were compared one by one; give a batch",)
-    return record
+        if not probes:
+            record.notes += ("no input of the model was found, and it was not run: give a batch",)
+        elif not proof.probes:
+            record.notes += ("on the meta device there are no numbers to compare",)
+        return record
 
 
 def _adopted(site: Site) -> Decision | None:
@@ -124,6 +130,8 @@ def _adopted(site: Site) -> Decision | None:
     if reason is not None:
         return Decision(None, reason)
     new.__dict__["adopted_from"] = type(layer)
+    if isinstance(new, InstanceNorm) and isinstance(layer, _InstanceNorm):
+        new.single_example_rank = layer._get_no_batch_dim()  # type: ignore[no-untyped-call]  # torch does not annotate it
     return Decision(new, "the same declaration, parameters and memory")
 
 
@@ -164,20 +172,24 @@ def _hard_inputs(spec: NormSpec) -> Iterator[Tensor]:
 
 
 def _computed(layer: nn.Module, x: Tensor, *, training: bool) -> list[Tensor] | None:
-    """Output and buffers of a copy in float64, without hooks; None: the layer does not take the input."""
+    """Output, gradients and buffers of a copy in float64, without hooks; None: the layer does not take the input."""
     hooks = {id(value): type(value)() for name, value in layer.__dict__.items() if name in HOOKS}
-    layer = copying.deepcopy(layer, hooks).double().train(training)
-    x = x.to(next((t.device for t in (*layer.parameters(), *layer.buffers())), x.device))
-    with torch.random.fork_rng([]), torch.no_grad(), warnings.catch_warnings():
+    layer = copying.deepcopy(layer, hooks).double().train(training).requires_grad_()
+    home = next((t.device for t in (*layer.parameters(), *layer.buffers())), x.device)
+    x = x.to(home).clone().requires_grad_()
+    with torch.random.fork_rng([]), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.manual_seed(0)
         try:
-            output = layer(x.clone())
+            output = layer(x * 1)  # no leaf, so that it may be changed in place
+            if not isinstance(output, Tensor) or output.shape != x.shape:
+                return None
+            cotangent = torch.randn(x.shape, dtype=x.dtype).to(home)
+            gradients = torch.autograd.grad(output, [x, *layer.parameters()], cotangent, allow_unused=True)
         except Exception:  # noqa: BLE001 - a layer may refuse a shape with any error, or a warning
             return None
-    if not isinstance(output, Tensor) or output.shape != x.shape:
-        return None
-    return [output, *(buffer for _, buffer in sorted(layer.named_buffers()))]
+    found = [gradient for gradient in gradients if gradient is not None]
+    return [output.detach(), *found, *(buffer for _, buffer in sorted(layer.named_buffers()))]
 
 
 def _ranks(model: nn.Module, probes: Sequence[Probe], forward: Forward | None) -> dict[nn.Module, int]:
@@ -207,7 +219,7 @@ def _released(site: Site, ranks: dict[nn.Module, int]) -> Decision | None:
     new = to_torch(layer, ranks.get(layer))
     if new is None:
         return Decision(None, _no_equal(layer))
-    reason = move_over(layer, new) or _declined(new, layer)
+    reason = _declined(layer) or move_over(layer, new)
     new.__dict__.pop("adopted_from", None)
     return Decision(None, reason) if reason else Decision(new, "the same declaration, parameters and memory")
 
@@ -218,9 +230,9 @@ def _no_equal(layer: Norm) -> str:
     return f"torch has no equal of {type(layer).__name__}"
 
 
-def _declined(new: nn.Module, layer: Norm) -> str | None:
-    """What speaks against torch's layer: declared policies that it does not have, or other numbers."""
+def _declined(layer: Norm) -> str | None:
+    """What speaks against torch's layer: declared policies that it does not have."""
     memory = layer.spec.memory
     if memory is not None and (memory.nonfinite != "skip" or memory.degenerate != "raise"):
         return f"torch's has no policies: {memory!r}"
-    return difference(new, layer)
+    return None

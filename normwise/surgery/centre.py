@@ -82,13 +82,16 @@ def _explored(first: Subject, by_layer: dict[int, Subject]) -> Stream:
     """Follow all that is added up before a LayerNorm, up and down, to its ends."""
     stream = Stream()
     waiting: list[tuple[Value, int]] = []
-    seen: set[int] = set()
+    seen: dict[int, int] = {}
+    done: set[int] = set()
     try:
         waiting += _of_norm(first, stream)
         while waiting:
             value, dim = waiting.pop()
-            if id(value) not in seen:
-                seen.add(id(value))
+            if seen.setdefault(id(value), dim) != dim:
+                raise _RefusedError("its features lie along two dimensions of what it normalizes")
+            if id(value) not in done:
+                done.add(id(value))
                 waiting += _written_by(value, dim, stream)
                 waiting += _read_by(value, dim, stream, by_layer)
     except _RefusedError as error:
@@ -103,8 +106,8 @@ def _of_norm(subject: Subject, stream: Stream) -> Iterator[tuple[Value, int]]:
     stream.norms.append(subject)
     for call in subject.calls:
         dim = channel_dim(subject.spec, call.takes[0].tensor.dim())
-        if dim is None or len(call.takes) != 1:
-            raise _RefusedError(f"{subject.site.path} is called with more than its input")
+        if dim is None:
+            raise _RefusedError(f"{subject.site.path} has no one dimension of features")
         yield call.takes[0], dim
 
 
@@ -114,11 +117,17 @@ def _written_by(value: Value, dim: int, stream: Stream) -> Iterator[tuple[Value,
     if step is None:
         if not isinstance(value.tensor, nn.Parameter):
             raise _RefusedError("what it normalizes is, or has added to it, an input or a constant")
+        held = stream.norms[0].flow.holders.get(id(value.tensor), ())
+        if len(held) != 1:
+            raise _RefusedError(f"what is added to it stands under {len(held)} names")
         stream.constants.append((value.tensor, dim))
     elif step.layer is not None:
         yield from _of_source(step, dim, stream)
     else:
-        yield from _parts(step, dim)
+        parts = _parts(step, dim)
+        if not parts:
+            raise _RefusedError(f"{step} before it is more than a sum")
+        yield from parts
 
 
 def _of_source(step: Step, dim: int, stream: Stream) -> Iterator[tuple[Value, int]]:
@@ -139,7 +148,7 @@ def _of_source(step: Step, dim: int, stream: Stream) -> Iterator[tuple[Value, in
 
 
 def _parts(step: Step, dim: int) -> list[tuple[Value, int]]:
-    """The values that an operation adds up, or moves."""
+    """The values that an operation adds up, or moves; none: it is more than a sum."""
     before = dim_before(step, dim)
     if before is not None:
         return [(step.reads[0], before)]
@@ -147,13 +156,23 @@ def _parts(step: Step, dim: int) -> list[tuple[Value, int]]:
         name, output = step.operation.overloadpacket.__name__, step.writes[0].tensor
         along = [(value, dim + value.tensor.dim() - output.dim()) for value in step.reads]
         wide = [(value, at) for value, at in along if at >= 0 and value.tensor.shape[at] == output.shape[dim]]
-        if name in _SCALINGS and len(wide) == 1:  # by a number, or by one number for all features
+        if name in _SCALINGS and _scales(step, [value for value, _ in wide]):
             return wide
         sums = name in _SUMS and _has_no_number(step)
         joins = name == "cat" and _cat_dim(step) % output.dim() != dim
         if (sums or joins) and len(wide) == len(step.reads):
             return wide
-    raise _RefusedError(f"{step} before it is more than a sum")
+    return []
+
+
+def _scales(step: Step, wide: list[Value]) -> bool:
+    """Whether one value is multiplied, by a number or by one number for all features; nothing is divided by it."""
+    first, *others = step.arguments[:2]
+    tensors = [value.tensor for value in wide]
+    plain = not step.options and len(tensors) == 1
+    by_itself = any(other is first for other in others)
+    divides = step.operation.overloadpacket.__name__.startswith("div")
+    return plain and not by_itself and not (divides and tensors[0] is not first)
 
 
 def _has_no_number(step: Step) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normwise.errors import SurgeryError
 from normwise.places import Place
 
 
@@ -29,6 +30,8 @@ class Edits:
     def __init__(self) -> None:
         self._made: list[tuple[Callable[[], None], Callable[[], None]]] = []  # each change, and its inverse
         self._undone: list[tuple[Callable[[], None], Callable[[], None]]] = []
+        self._places: list[tuple[Place, nn.Module]] = []  # where another module stands, and which
+        self._places_undone: list[tuple[Place, nn.Module]] = []
 
     def __enter__(self) -> Edits:
         return self
@@ -40,11 +43,20 @@ class Edits:
             self.undo()
 
     def undo(self) -> None:
-        """Take everything back, the last change first; a second time it does nothing."""
+        """Take everything back, the last change first; a second time it does nothing.
+
+        Raises:
+            SurgeryError: something else stands now where a layer was exchanged; nothing is taken back then.
+        """
+        for place, new in self._places:
+            if place.get() is not new:
+                raise SurgeryError(f"{place.path}: another layer stands there since: undo first what was done later")
+        self._places, places = [], self._places
         while self._made:
-            change, inverse = self._made.pop()
+            _, inverse = self._made[-1]
             inverse()
-            self._undone.append((change, inverse))
+            self._undone.append(self._made.pop())
+        self._places_undone = places
 
     def redo(self) -> None:
         """Make again what was undone."""
@@ -52,6 +64,7 @@ class Edits:
             change, inverse = self._undone.pop()
             change()
             self._made.append((change, inverse))
+        self._places = self._places_undone
 
     def make(self, change: Callable[[], None], inverse: Callable[[], None]) -> None:
         """Make a change of any kind."""
@@ -59,8 +72,14 @@ class Edits:
         change()
 
     def exchange(self, place: Place, new: nn.Module) -> None:
-        """Let another module stand in a place."""
-        self.make(partial(place.put, new), partial(place.put, place.module))
+        """Let another module stand in a place.
+
+        What the new one got while it stood there, the old one has afterwards: a mode, and tensors under the same names
+        that `to` or a checkpoint has put in the place of those it began with.
+        """
+        began = [dict(slots) for slots in (new._parameters, new._buffers)]
+        self.make(partial(place.put, new), partial(_put_back, place, place.module, new, began))
+        self._places.append((place, new))
 
     def set_values(self, tensor: Tensor, values: Tensor) -> None:
         """Give a parameter or buffer other values; it stays the same object, and its old memory is kept for undo."""
@@ -75,3 +94,17 @@ class Edits:
     def set_attribute(self, owner: object, name: str, value: Any) -> None:
         """Set an attribute that is there already."""
         self.make(partial(setattr, owner, name, value), partial(setattr, owner, name, getattr(owner, name)))
+
+
+def _put_back(place: Place, old: nn.Module, new: nn.Module, began: list[dict[str, Any]]) -> None:
+    old.training = new.training
+    _follow(old._parameters, began[0], new._parameters)
+    _follow(old._buffers, began[1], new._buffers)
+    place.put(old)
+
+
+def _follow(slots: dict[str, Any], was: dict[str, Any], now: dict[str, Any]) -> None:
+    """Take over the tensors that have been put in the place of others."""
+    for name in slots.keys() & was.keys() & now.keys():
+        if slots[name] is not None and was[name] is not None and now[name] is not was[name]:
+            slots[name] = now[name]

@@ -11,12 +11,10 @@ from torch import nn
 
 from normwise.errors import SurgeryError
 from normwise.norm import Norm
-from normwise.places import Place, all_modules, places
+from normwise.places import OWN_ATTRIBUTES, Place, all_modules, places
 from normwise.record import Line, Record, shown
 from normwise.surgery.edits import Edits
-
-_TORCHS = frozenset(nn.Module().__dict__)
-HOOKS = tuple(name for name, value in nn.Module().__dict__.items() if "hook" in name and isinstance(value, dict))
+from normwise.surgery.flow import HOOKS
 
 
 @dataclass(frozen=True)
@@ -117,16 +115,21 @@ def exchange(model: nn.Module, edits: Edits, decide: Decide) -> Record:
 
 
 def leave_fast_path(model: nn.Module, edits: Edits) -> None:
-    """Let torch's encoder layers call their norms, where these are no LayerNorms any more.
+    """Let torch's encoder layers call their norms, where these are not torch's LayerNorms any more.
 
     In evaluation a `TransformerEncoderLayer` computes layer norms itself, of the parameters of whatever stands there.
     That it knows the activation is one of its conditions.
     """
     for layer in all_modules(model):
-        if isinstance(layer, nn.TransformerEncoderLayer):
-            kept = isinstance(layer.norm1, nn.LayerNorm) and isinstance(layer.norm2, nn.LayerNorm)
-            if layer.activation_relu_or_gelu and not kept:
-                edits.set_attribute(layer, "activation_relu_or_gelu", 0)
+        if isinstance(layer, nn.TransformerEncoderLayer) and _is_off_fast_path(layer):
+            edits.set_attribute(layer, "activation_relu_or_gelu", 0)
+        elif isinstance(layer, nn.TransformerEncoder) and any(map(_is_off_fast_path, layer.layers)):
+            edits.set_attribute(layer, "use_nested_tensor", False)  # other layers take none
+
+
+def _is_off_fast_path(layer: nn.Module) -> bool:
+    norms = (getattr(layer, "norm1", None), getattr(layer, "norm2", None))
+    return not all(type(norm) is nn.LayerNorm for norm in norms)
 
 
 def _with_names(why: str, site: Site) -> str:
@@ -207,7 +210,7 @@ def inherit(old: nn.Module, new: nn.Module) -> None:
     for name in HOOKS:
         new.__dict__[name] = old.__dict__[name]
     for name, value in old.__dict__.items():
-        if name not in _TORCHS and name not in new.__dict__ and not hasattr(type(new), name):
+        if name not in OWN_ATTRIBUTES and name not in new.__dict__ and not hasattr(type(new), name):
             new.__dict__[name] = value
 
 

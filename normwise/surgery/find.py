@@ -33,7 +33,7 @@ class Found:
         memory: For each remembered statistic its smallest and largest value; None: nothing is remembered.
         batches: How many batches have entered the memory; None: nobody counts.
         training: Its mode.
-        calls: How often it is called in one forward; None: no forward was run.
+        calls: How often it is called in one forward; None: no forward was seen.
         users: The layers and operations that read its output.
         also: Other paths of the same layer.
         registered: Whether `state_dict`, `to` and `train` reach it.
@@ -78,8 +78,9 @@ def find(model: nn.Module, batch: Any = None, *, forward: Forward | None = None)
     Args:
         model: A model; wrappers for several processes are looked into.
         batch: What to run it on once, to see how often each layer is called and who reads its output: a tensor, a
-            mapping of keywords, or a tuple that begins with the input. Without one an input is looked for; if none is
-            found, `calls` is None. Nothing of the model changes.
+            mapping of keywords, or a tuple that begins with the input; a small one, because all that is computed is
+            held for a while. Without one an input is looked for; if none is found, `calls` is None. Nothing of the
+            model changes.
         forward: `forward(model, batch)`, for models that are called otherwise.
 
     >>> print(nw.find(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())))
@@ -91,16 +92,26 @@ def find(model: nn.Module, batch: Any = None, *, forward: Forward | None = None)
     batch = found_batch(model) if batch is None and forward is None and kinds else batch
     flow = None
     if batch is not None and kinds:
-        with untouched(model):
-            flow = trace(model, lambda: feed(model, batch, forward), [site.module for site in kinds])
+        flow = _flow(model, batch, forward, [site.module for site in kinds])
     return Normalizations(_found(site, kind, flow) for site, kind in kinds.items())
+
+
+def _flow(model: nn.Module, batch: Any, forward: Forward | None, layers: list[nn.Module]) -> Flow | None:
+    """The flow of a forward; None where it runs but cannot be looked into, as higher-order operators cannot."""
+    try:
+        with untouched(model):
+            return trace(model, lambda: feed(model, batch, forward), layers)
+    except Exception:  # noqa: BLE001 - what is wrong with the batch, the model itself says next
+        with untouched(model), torch.no_grad():
+            feed(model, batch, forward)
+        return None
 
 
 def _found(site: Site, kind: Kind, flow: Flow | None) -> Found:
     layer, spec = site.module, kind.spec
     calls = [] if flow is None else flow.calls(layer)
     readers = (str(step) for call in calls for value in call.writes for step in value.readers)
-    batches = layer._buffers.get("num_batches_tracked")
+    batches = dict(layer.named_buffers(recurse=False)).get("num_batches_tracked")
     return Found(
         path=site.path,
         layer=shown(layer),
@@ -109,7 +120,7 @@ def _found(site: Site, kind: Kind, flow: Flow | None) -> Found:
         sizes={} if spec is None else dict(spec.sizes),
         parameters={name: _shape(parameter) for name, parameter in layer.named_parameters(recurse=False)},
         memory=dict(_memory(layer)) or None,
-        batches=None if batches is None or batches.is_meta else int(batches.max()),
+        batches=None if batches is None or batches.is_meta else int(batches.max()) if batches.numel() else 0,
         training=layer.training,
         calls=None if flow is None else len(calls),
         users=tuple(dict.fromkeys(readers)),
@@ -120,14 +131,8 @@ def _found(site: Site, kind: Kind, flow: Flow | None) -> Found:
 
 
 def _memory(layer: nn.Module) -> Iterator[tuple[str, tuple[float, float]]]:
-    for name, buffer in layer._buffers.items():
-        if (
-            name.startswith("running_")
-            and buffer is not None
-            and not buffer.is_meta
-            and not is_lazy(buffer)
-            and buffer.numel()
-        ):
+    for name, buffer in layer.named_buffers(recurse=False):
+        if name.startswith("running_") and not (buffer.is_meta or is_lazy(buffer) or buffer.numel() == 0):
             low, high = torch.aminmax(buffer)
             yield name.removeprefix("running_"), (float(low), float(high))
 

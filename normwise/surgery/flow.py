@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normwise.batches import tensors_in
-from normwise.places import all_modules
+from normwise.places import OWN_ATTRIBUTES, all_modules
 
+HOOKS = tuple(name for name, value in nn.Module().__dict__.items() if "hook" in name and isinstance(value, dict))
 WHOLES = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 
 
@@ -40,9 +41,16 @@ class Step:
     layer: nn.Module | None = None
     operation: Any = None
     arguments: tuple[Any, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)  # the arguments given by name
     reads: list[Value] = field(default_factory=list)
     writes: list[Value] = field(default_factory=list)  # of a layer: what it returns
     takes: list[Value] = field(default_factory=list)  # of a layer: what it is called with
+
+    @property
+    def takes_only_its_input(self) -> bool:
+        """Of a layer: whether it is called with one tensor and nothing else."""
+        given = [*self.arguments, *(value for value in self.options.values() if value is not None)]
+        return len(given) == len(self.takes) == 1
 
     def __str__(self) -> str:
         return self.name
@@ -59,6 +67,8 @@ class Flow:
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.output = Step("the model's output")
+        self.holders: dict[int, list[tuple[nn.Module, str]]] = {}  # who has a parameter or buffer, by its id
+        self._changes: list[tuple[Step, int]] = []  # in place, and of which memory
         self._values: dict[int, Value] = {}
         self._kept: list[Tensor] = []  # so that no other tensor gets the same id
 
@@ -87,10 +97,41 @@ class Flow:
             reader.reads.append(value)
         return value
 
-    def readers_of(self, parameter: Tensor) -> list[Step]:
-        """The steps that read a parameter or buffer."""
-        known = self._values.get(id(parameter))
-        return [] if known is None else known.readers
+    def changed(self, tensor: Tensor, step: Step) -> None:
+        """A step writes into a tensor that was there."""
+        self._changes.append((step, _memory(tensor)))
+        self.written(tensor, step)
+
+    def is_changed_after(self, call: Step, tensor: Tensor) -> bool:
+        """Whether anything is written into a tensor's memory after a call."""
+        later = {id(step) for step in self.steps[self.steps.index(call) + 1 :]}
+        return any(id(step) in later and memory == _memory(tensor) for step, memory in self._changes)
+
+    def keep(self, value: Any, name: str) -> None:
+        """What a module holds on to afterwards may be read by anybody."""
+        for tensor in tensors_in(value):
+            known = self._values.get(id(tensor))
+            if known is not None and known.writer is not None:
+                self.read(tensor, Step(f"the attribute {name}"))
+
+    def hold(self, module: nn.Module, path: str) -> None:
+        """A module has parameters and buffers."""
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                self.holders.setdefault(id(tensor), []).append((module, f"{path}.{name}" if path else name))
+
+    def elsewhere(self, layer: nn.Module) -> str | None:
+        """What else reads or has a parameter or buffer of a layer, in words; None: nothing does."""
+        for tensor in (*layer._parameters.values(), *layer._buffers.values()):
+            known = self._values.get(id(tensor))
+            readers = [] if known is None else known.readers
+            reader = next((step for step in readers if step.layer is not layer), None)
+            if reader is not None:
+                return f"is also read by {reader}"
+            holder = next((path for module, path in self.holders.get(id(tensor), ()) if module is not layer), None)
+            if holder is not None:
+                return f"is also {holder}"
+        return None
 
 
 def trace(model: nn.Module, run: Callable[[], Any], wholes: Iterable[nn.Module] = ()) -> Flow:
@@ -102,9 +143,14 @@ def trace(model: nn.Module, run: Callable[[], Any], wholes: Iterable[nn.Module] 
         wholes: Layers to be seen as wholes, beside convolutions, linear layers and embeddings.
     """
     flow = Flow()
+    modules = all_modules(model)
+    for module, path in modules.items():
+        flow.hold(module, path)
     seen_as_wholes = {id(module) for module in wholes}
     with ExitStack() as hooks, torch.no_grad(), _Recorder(flow) as recorder:
-        for module, path in all_modules(model).items():
+        for module, path in modules.items():
+            if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+                continue
             if id(module) in seen_as_wholes or isinstance(module, WHOLES):
                 recorder.watch(path, module, hooks)
             else:
@@ -112,6 +158,10 @@ def trace(model: nn.Module, run: Callable[[], Any], wholes: Iterable[nn.Module] 
         output = run()
     for tensor in tensors_in(output):
         flow.read(tensor, flow.output)
+    for module, path in modules.items():
+        for name, value in vars(module).items():
+            if name not in OWN_ATTRIBUTES:
+                flow.keep(value, f"{path}.{name}" if path else name)
     return flow
 
 
@@ -128,7 +178,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch do
         """See the calls of a layer as wholes."""
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            step = Step(path or type(layer).__name__, layer)
+            step = Step(path or type(layer).__name__, layer, None, args, kwargs)
             if not self._inside:
                 self._flow.steps.append(step)
             self._inside.append(step)
@@ -148,11 +198,27 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch do
 
     def enter(self, path: str, module: nn.Module, hooks: ExitStack) -> None:
         """Know that operations happen within a module."""
+        hooked = Step(f"hooks of {path}") if any(getattr(module, name) for name in HOOKS) else None
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._paths.append(path)
+            self._seen_by(hooked, (args, kwargs))
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._leave(path)
+            self._seen_by(hooked, output)
+
         for handle in (
-            module.register_forward_pre_hook(lambda *_: self._paths.append(path)),
-            module.register_forward_hook(lambda *_: self._leave(path), prepend=True, always_call=True),
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after, prepend=True, always_call=True),
         ):
             hooks.callback(handle.remove)
+
+    def _seen_by(self, hooked: Step | None, value: Any) -> None:
+        """Hooks of a module read what it takes and gives."""
+        if hooked is not None and not self._inside:
+            for tensor in tensors_in(value):
+                self._flow.read(tensor, hooked)
 
     def _leave(self, path: str) -> None:
         if self._paths and self._paths[-1] == path:
@@ -160,22 +226,26 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch do
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        step = self._inside[0] if self._inside else self._operation(func, args)
+        step = self._inside[0] if self._inside else self._operation(func, args, kwargs or {})
         for tensor in tensors_in((args, kwargs or {})):
             self._flow.read(tensor, step)
         for tensor in _changed(func, args, kwargs or {}):
-            self._flow.written(tensor, step)
+            self._flow.changed(tensor, step)
         given = {id(tensor) for tensor in tensors_in((args, kwargs or {}))}
         for tensor in tensors_in(output):
             if id(tensor) not in given:
                 self._flow.written(tensor, step)
         return output
 
-    def _operation(self, func: Any, args: Any) -> Step:
+    def _operation(self, func: Any, args: Any, kwargs: Any) -> Step:
         where = f" in {self._paths[-1]}" if self._paths and self._paths[-1] else ""
-        step = Step(f"{func.overloadpacket.__name__}{where}", None, func, tuple(args))
+        step = Step(f"{func.overloadpacket.__name__}{where}", None, func, tuple(args), dict(kwargs))
         self._flow.steps.append(step)
         return step
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _changed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -24,6 +24,7 @@ from normwise.surgery.proof import Proof
 from normwise.untouched import untouched
 
 _TOLERANCE = 1e-4
+Rule = Callable[[Subject], Fold | str]
 STEPS = ("statistics", "gain", "bias", "center")
 
 
@@ -80,13 +81,18 @@ def fold(
     model = opened(model, copy=copy)
     probes = probes_for(model, batch, forward)
     proof = Proof("fold", model, probes, forward)
+    if not proof.probes:
+        raise SurgeryError("fold: on the meta device there are no weights to fold")
     parameters = named_parameters(model)
     with Edits() as edits:
         changed, left = _fold_all(model, probes[0], forward, wanted, edits)
         leave_fast_path(model, edits)
         checks = proof.check(model, edits, tolerance) if changed else ()
-    record = Record("fold", model, tuple(changed), tuple(left), checks, inverse=edits.undo)
-    return with_stale_parameters(record, parameters)
+        record = Record("fold", model, tuple(changed), tuple(left), checks, inverse=edits.undo)
+        record = with_stale_parameters(record, parameters)
+        if changed and not model.training:
+            record.notes += ("folded in evaluation: in training it is another model now",)
+        return record
 
 
 def _checked(steps: Iterable[str]) -> frozenset[str]:
@@ -101,11 +107,19 @@ def _fold_all(
 ) -> tuple[list[Line], list[Line]]:
     """Fold until nothing more can be; each round sees the model as the one before has left it."""
     changed: list[Line] = []
+    done: set[tuple[nn.Module, Rule]] = set()  # each rule once: one may take away what another has added
     while True:
-        subjects, left = _look(model, probe, forward)
+        try:
+            subjects, left = _look(model, probe, forward)
+        except Exception as error:
+            if not changed:
+                raise
+            raise SurgeryError(
+                f"fold: the model then fails on {probe.name}: {error}; everything is as it was"
+            ) from error
         lines: list[Line] = []
         for subject in subjects:
-            fold = _first(subject, wanted)
+            fold = _first(subject, wanted, done)
             if isinstance(fold, Fold):
                 lines.append(_carry_out(fold, subject, edits))
             else:
@@ -135,21 +149,22 @@ def _look(model: nn.Module, probe: Probe, forward: Forward | None) -> tuple[list
     return subjects, unknown
 
 
-def _first(subject: Subject, wanted: frozenset[str]) -> Fold | str:
+def _first(subject: Subject, wanted: frozenset[str], done: set[tuple[nn.Module, Rule]]) -> Fold | str:
     """The first rule that applies, or why none does."""
     if subject.obstacle is not None:
         return subject.obstacle
     reasons = []
     for step, rule in _RULES:
-        if step in wanted:
+        if step in wanted and (subject.layer, rule) not in done:
             result = rule(subject)
             if isinstance(result, Fold):
+                done.add((subject.layer, rule))
                 return result
             reasons.append(result)
     return "; ".join(dict.fromkeys(filter(None, reasons))) or "it has nothing to fold"
 
 
-_RULES: tuple[tuple[str, Callable[[Subject], Fold | str]], ...] = (
+_RULES: tuple[tuple[str, Rule], ...] = (
     ("statistics", into_before),
     ("statistics", into_after),
     ("gain", gain_into_after),

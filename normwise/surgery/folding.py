@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normwise.norm import Norm
 from normwise.normalizers import Standardize
 from normwise.recoveries import Affine, OffsetScale, Scale
 from normwise.spec import NormSpec
 from normwise.surgery.absorb import (
+    CONVOLUTIONS,
+    TRANSPOSED,
     ChannelMap,
     Weights,
     channel_dim_of,
@@ -29,8 +32,8 @@ from normwise.surgery.absorb import (
 )
 from normwise.surgery.activated import Activated
 from normwise.surgery.edits import Edits
-from normwise.surgery.exchange import HOOKS, Site
-from normwise.surgery.flow import Flow, Step
+from normwise.surgery.exchange import Site
+from normwise.surgery.flow import HOOKS, Flow, Step
 from normwise.surgery.kinds import channel_dim
 from normwise.surgery.streams import End, downstream, upstream
 
@@ -60,11 +63,24 @@ class Subject:
             return "no forward reached it"
         if any(self.layer.__dict__[hooks] for hooks in HOOKS):
             return "it has hooks"
+        if not all(call.takes_only_its_input for call in self.calls):
+            return "it is called with a mask, lengths or a residual"
+        if self._is_called_without_batch:
+            return "it is called without a batch"
+        if getattr(self.layer, "domains", ()):
+            return "it has memories of several domains"
         if any(not place.path for place in self.site.places):
             return "it is the model itself"
-        readers = [step for p in self.layer.parameters() for step in self.flow.readers_of(p)]
-        others = [step for step in readers if step.layer is not self.layer]
-        return f"a parameter of it is also read by {others[0]}" if others else None
+        elsewhere = self.flow.elsewhere(self.layer)
+        return None if elsewhere is None else f"a parameter of it {elsewhere}"
+
+    @property
+    def _is_called_without_batch(self) -> bool:
+        """torch's instance norms take a single example as well."""
+        if not isinstance(self.layer, _InstanceNorm) or isinstance(self.layer, Norm):
+            return False
+        rank = self.layer._get_no_batch_dim()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        return any(call.takes[0].tensor.dim() == rank for call in self.calls)
 
     @property
     def calls(self) -> list[Step]:
@@ -105,6 +121,8 @@ def into_after(subject: Subject) -> Fold | str:
     whole = fixed_map(subject)
     if isinstance(whole, str):
         return whole
+    if any(subject.flow.is_changed_after(call, call.takes[0].tensor) for call in subject.calls):
+        return "what it reads is changed in place after it"
     weights = _taken_in_after(subject, whole)
     if isinstance(weights, str):
         return weights
@@ -166,14 +184,16 @@ def useless_bias(subject: Subject) -> Fold | str:
     found: Any = layer_before(subject)
     if isinstance(found, str):
         return found
-    if found.bias is None:
+    needed = not isinstance(found, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED))  # Conv1D computes with its bias
+    if found.bias is None or (needed and not bool(found.bias.any())):
         return ""
     mean = subject.layer._buffers.get("running_mean")
     if mean is not None:
         mean = mean.double() - found.bias.detach().double().reshape(mean.shape)
     why = f"the bias of {name_of(subject, found)}, which it takes out again"
     own = {} if mean is None else {"running_mean": mean}
-    return Fold(None, {found: Weights(found.weight, None)}, why, own)
+    weights = Weights(found.weight, torch.zeros_like(found.bias) if needed else None)
+    return Fold(None, {found: weights}, why, own)
 
 
 # ---------------------------------------------------------------------------------- what a normalization multiplies by
@@ -189,8 +209,6 @@ def fixed_map(subject: Subject) -> ChannelMap | str:
     mean, variance = layer._buffers.get("running_mean"), layer._buffers.get("running_var")
     if mean is None or variance is None:
         return "it remembers no mean and variance"
-    if getattr(layer, "domains", ()):
-        return "it has memories of several domains"
     if len(spec.memory_over) != 1:
         return f"it remembers statistics over {len(spec.memory_over)} axes"
     gain = gain_map(subject) if spec.recovery is not None else channel_map(None, None, mean.numel())
@@ -238,13 +256,11 @@ def layer_before(subject: Subject) -> nn.Module | str:
     """The linear layer whose outputs, all of them and nobody else's, the normalization reads channel by channel."""
     ends: list[Step] = []
     for call in subject.calls:
-        if len(call.takes) != 1:
-            return "it is called with a mask or a residual"
         rank = call.takes[0].tensor.dim()
         dim = channel_dim(subject.spec, rank)
         if dim is None:
             return "it normalizes over several dimensions"
-        end = upstream(call.takes[0], dim)
+        end = upstream(call.takes[0], dim, call)
         reason = _unfit_before(subject, end)
         if reason is not None:
             return reason
@@ -275,8 +291,6 @@ def layers_after(subject: Subject) -> list[nn.Module] | str:
     """The linear layers that read the normalization, if nothing else reads it and they read nothing else."""
     ends: list[End] = []
     for call in subject.calls:
-        if len(call.takes) != 1:
-            return "it is called with a mask or a residual"
         dim = channel_dim(subject.spec, call.takes[0].tensor.dim())
         if dim is None:
             return "it normalizes over several dimensions"
@@ -308,13 +322,8 @@ def usable(subject: Subject, layer: nn.Module | None) -> str | None:
     name = name_of(subject, linear)
     if any(linear.__dict__[hooks] for hooks in HOOKS):
         return f"{name} has hooks, which would see other values"
-    for parameter in linear._parameters.values():
-        if parameter is None:
-            continue
-        others = [step for step in subject.flow.readers_of(parameter) if step.layer is not linear]
-        if others:
-            return f"a parameter of {name} is also read by {others[0]}"
-    return None
+    elsewhere = subject.flow.elsewhere(linear)
+    return None if elsewhere is None else f"a parameter of {name} {elsewhere}"
 
 
 def name_of(subject: Subject, layer: nn.Module | None) -> str:

@@ -64,7 +64,7 @@ class Remembered:
 
 
 @dataclass(frozen=True)
-class Found:
+class Measured:
     """What the batches say of one memory: what to remember (None: leave it as it is), and why."""
 
     new: Remembered | None
@@ -120,13 +120,13 @@ class Pooled:
         for domain, tally in self._tallies.items():
             tally.take_stock(self._holder(domain), self.layer._elastic_dim)
 
-    def found(self, batches: int) -> list[Found]:
+    def found(self, batches: int) -> list[Measured]:
         """What so many batches have brought, for each memory that one of them reached."""
         reached = [name for name in self._tallies if _buffer(self._holder(name), "_pool_calls") > 0]
         if reached:
             return [self._found(name, batches) for name in reached]
         enough = " with samples enough" if falls_back(self._declared) else ""
-        return [Found(None, f"no batch{enough} reached it")]
+        return [Measured(None, f"no batch{enough} reached it")]
 
     def remembered(self, domain: str | None) -> Remembered:
         """What the model's layer holds now."""
@@ -144,7 +144,7 @@ class Pooled:
     def _holder(self, domain: str | None) -> Holder:
         return self.layer if domain is None else self.layer._held_by(domain)
 
-    def _found(self, domain: str | None, batches: int) -> Found:
+    def _found(self, domain: str | None, batches: int) -> Measured:
         layer, holder, tally = self.layer, self._holder(domain), self._tallies[domain]
         within = "" if domain is None else f"domain '{domain}': "
         skipped, remembers = int(_skips(holder)[0]), layer.spec.normalizer.remembers
@@ -152,19 +152,19 @@ class Pooled:
         enters = (pool.count >= layer._least) & (pool.columns > 0)
         if not enters.any():
             what = "finite" if skipped else "with samples enough"
-            return Found(None, f"{within}no batch that reached it was {what}")
+            return Measured(None, f"{within}no batch that reached it was {what}")
         unbiased = is_unbiased(self._declared, remembers)
         old = {name: _buffer(holder, f"running_{name}") for name in remembers}
         new = {name: STATISTICS[name](pool.moments, unbiased=unbiased) for name in remembers}
         new = {name: torch.where(enters, new[name].to(old[name].dtype), old[name]) for name in remembers}
         unfit = self._unfit(new, enters)
         if unfit:
-            return Found(None, within + unfit)
+            return Measured(None, within + unfit)
         values = {f"running_{name}": statistic for name, statistic in new.items()} | self._counter(holder, tally.counts)
         skips = torch.tensor([skipped, min(skipped, 1)])
         amount = _amount((pool.count * pool.columns)[enters], int(tally.batches), batches, skipped)
         moved = _moved(old, new, enters, getattr(layer.spec.normalizer, "eps", None) or 0.0)
-        return Found(Remembered(domain, values, skips), f"{within}{amount}; {moved}")
+        return Measured(Remembered(domain, values, skips), f"{within}{amount}; {moved}")
 
     def _counter(self, holder: Holder, counts: Tensor) -> dict[str, Tensor]:
         """How many batches are remembered then; nothing, where nobody counts them.

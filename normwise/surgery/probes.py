@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +40,17 @@ def probes_for(model: nn.Module, batch: Any = None, forward: Forward | None = No
         plain = Probe("found from the model", first)
     else:
         plain = Probe("given", batch)
-        with untouched(model):
+        with untouched(model), torch.no_grad():
             feed(model, batch, forward)  # what is wrong with it, its own error says
-    return [plain, *(probe for probe in _harder(plain.batch) if _takes(model, probe.batch, forward))]
+    harder = (_harder(name, change, plain.batch) for name, change in _HARDER)
+    return [plain, *(probe for probe in harder if probe is not None and _takes(model, probe.batch, forward))]
+
+
+def _harder(name: str, change: Callable[[Any], Any], batch: Any) -> Probe | None:
+    try:
+        return Probe(name, change(batch))
+    except Exception:  # noqa: BLE001 - a batch may be of a kind that cannot be changed so
+        return None
 
 
 def found_batch(model: nn.Module) -> Any:
@@ -124,7 +132,7 @@ def _for_layer(layer: nn.Module, generator: torch.Generator) -> Iterator[Tensor]
 def _shapes(layer: nn.Module, width: int) -> list[tuple[int, ...]]:
     """Shapes for a layer of a width; a layer whose class says how many dimensions it takes gets those."""
     shapes = [(6, width), (4, width, 7), (4, width, 5, 6), (4, 5, width), (3, width, 4, 3, 2)]
-    dims = re.search(r"([123])d", type(layer).__name__)
+    dims = re.search(r"([123])d", layer.__dict__.get("adopted_from", type(layer)).__name__)
     if dims is None:
         return shapes
     return [shape for shape in shapes if len(shape) == int(dims[1]) + 2 and shape[1] == width] + shapes[:1]
@@ -140,14 +148,6 @@ def _width(layer: nn.Module) -> int | None:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _harder(batch: Any) -> Iterator[Probe]:
-    """A large mean, a constant channel, odd sizes, one example; changed are the floating-point tensors of the input."""
-    yield Probe("a mean of 30", _changed(batch, lambda x: x + 30))
-    yield Probe("a constant channel", _changed(batch, _with_constant))
-    yield Probe("odd sizes", _changed(batch, _odd))
-    yield Probe("the first example only", mapped(batch, lambda x: x[:1] if x.dim() > 0 else x))
 
 
 def _changed(batch: Any, change: Any) -> Any:
@@ -173,3 +173,12 @@ def _odd(x: Tensor) -> Tensor:
         if (dim == 0 or dim > 1) and size > 2 and size % 2 == 0:
             x = x.narrow(dim, 0, size - 1)
     return x
+
+
+# Changed are the floating-point tensors of the input.
+_HARDER: tuple[tuple[str, Callable[[Any], Any]], ...] = (
+    ("a mean of 30", lambda batch: _changed(batch, lambda x: x + 30)),
+    ("a constant channel", lambda batch: _changed(batch, _with_constant)),
+    ("odd sizes", lambda batch: _changed(batch, _odd)),
+    ("the first example only", lambda batch: mapped(batch, lambda x: x[:1] if x.dim() > 0 else x)),
+)

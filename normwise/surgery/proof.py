@@ -29,23 +29,45 @@ class Proof:
     Both are run in the model's own mode and dtype, with the same random numbers, and leave no trace. A model in
     training mode is run in evaluation as well, with the memory that the training forward has left.
 
+    On the meta device there is nothing to compare, and no probe.
+
     Args:
         operation: Its name, for the error.
         model: The model before.
         probes: What it is run on.
         forward: How a batch is given to it, where that is not usual.
+        exact: Whether the result may round otherwise than the original: only the difference in float64 then counts.
+
+    Raises:
+        SurgeryError: what the model returns holds no finite numbers, so that nothing can be compared.
     """
 
-    def __init__(self, operation: str, model: nn.Module, probes: Sequence[Probe], forward: Forward | None) -> None:
-        self._operation, self._probes, self._forward = operation, probes, forward
-        self._before = [outputs_of(model, probe, forward) for probe in probes]
+    def __init__(
+        self,
+        operation: str,
+        model: nn.Module,
+        probes: Sequence[Probe],
+        forward: Forward | None,
+        *,
+        exact: bool = False,
+    ) -> None:
+        on_meta = any(parameter.is_meta for parameter in model.parameters())
+        self._operation, self._forward, self._exact = operation, forward, exact
+        self.probes = [] if on_meta else list(probes)
         self._model = model
+        self._before = [outputs_of(model, probe, forward) for probe in self.probes]
+        self._differentiable = bool(self.probes) and _is_differentiable(model, self.probes[0], forward)
+        if self._before and not any(map(_is_telling, self._before[0])):
+            raise SurgeryError(
+                f"{operation}: what the model returns holds no finite numbers, so that nothing can be compared: give "
+                "another batch, or forward=lambda model, batch: ... that returns tensors"
+            )
 
     def check(self, model: nn.Module, edits: Edits, tolerance: float) -> tuple[Check, ...]:
         """Compare with what the model computes now.
 
         A difference above the tolerance is allowed only where it is rounding: in float64 the two then agree, and the
-        original is off by as much itself.
+        original is off by as much itself. Half precision is allowed a few of its own steps.
 
         The first probe is run with gradients, because changes in place may be refused there.
 
@@ -53,16 +75,19 @@ class Proof:
             SurgeryError: the model computes something else; what was edited is undone.
         """
         checks = []
-        for probe, before in zip(self._probes, self._before, strict=True):
+        for probe, before in zip(self.probes, self._before, strict=True):
             try:
-                after = outputs_of(model, probe, self._forward, gradients=probe is self._probes[0])
+                after = outputs_of(
+                    model, probe, self._forward, gradients=self._differentiable and probe is self.probes[0]
+                )
             except Exception as error:
                 edits.undo()
                 raise SurgeryError(
                     f"{self._operation}: the model then fails on {probe.name}: {error}; everything is as it was"
                 ) from error
-            check = Check(probe.name, distance(before, after), tolerance)
-            if not check.difference <= tolerance:
+            allowed = max([tolerance, *(4 * _eps(tensor) for tensor in before)])
+            check = Check(probe.name, distance(before, after), allowed)
+            if not check.difference <= allowed:
                 check = self._arbitrated(check, model, probe, (before, after), edits)
             checks.append(check)
         return tuple(checks)
@@ -80,7 +105,8 @@ class Proof:
             raise self._refusal(check, edits) from error
         in_double, *errors = (distance(exact, other) for other in (exact_after, before, after))
         check = replace(check, in_double=in_double, error_before=errors[0], error_after=errors[1])
-        if not (in_double <= check.tolerance and errors[1] <= max(check.tolerance, _SLACK * errors[0])):
+        rounds_alike = self._exact or errors[1] <= max(check.tolerance, _SLACK * errors[0])
+        if not (in_double <= check.tolerance and rounds_alike):
             raise self._refusal(check, edits)
         edits.redo()
         return check
@@ -95,6 +121,24 @@ class Proof:
             f"{self._operation}: the model then computes something else, by {check.difference:.1e} on {check.probe} "
             f"(allowed: {check.tolerance:.0e}); everything is as it was"
         )
+
+
+def _is_differentiable(model: nn.Module, probe: Probe, forward: Forward | None) -> bool:
+    """Whether it runs with gradients as well: one that gives NumPy arrays does not."""
+    try:
+        outputs_of(model, probe, forward, gradients=True)
+    except Exception:  # noqa: BLE001 - a model may refuse with any error
+        return False
+    return True
+
+
+def _is_telling(x: Tensor) -> bool:
+    return (x.is_floating_point() or x.is_complex()) and bool(x.isfinite().any())
+
+
+def _eps(x: Tensor) -> float:
+    """The step of a half-precision number next to 1; others keep the tolerance that is asked for."""
+    return torch.finfo(x.dtype).eps if x.dtype in (torch.float16, torch.bfloat16) else 0.0
 
 
 def outputs_of(model: nn.Module, probe: Probe, forward: Forward | None = None, *, gradients: bool = False) -> Outputs:

@@ -16,7 +16,7 @@ from normwise.errors import SurgeryError
 from normwise.record import Line, Record, shown
 from normwise.surgery.edits import Edits
 from normwise.surgery.exchange import opened, sites
-from normwise.surgery.pooled import Found, Pooled
+from normwise.surgery.pooled import Measured, Pooled
 from normwise.surgery.stand_in import standing_in
 from normwise.untouched import untouched
 
@@ -141,7 +141,7 @@ def _evaluating(modules: nn.Module) -> Iterator[None]:
 
 def _in_one_pass(
     model: nn.Module, batches: Iterable[Any], forward: Forward | None, layers: list[Pooled]
-) -> list[list[Found]]:
+) -> list[list[Measured]]:
     """All layers at once, each normalizing by the statistics of the batch."""
     for pooled in layers:
         pooled.layer.training = True
@@ -151,9 +151,9 @@ def _in_one_pass(
 
 def _layer_by_layer(
     model: nn.Module, batches: Iterable[Any], forward: Forward | None, layers: list[Pooled]
-) -> list[list[Found]]:
+) -> list[list[Measured]]:
     """Each layer behind others that remember already what was found for them."""
-    found: dict[Pooled, list[Found]] = {}
+    found: dict[Pooled, list[Measured]] = {}
     for pooled in _in_order(model, batches, forward, layers):
         pooled.layer.training = True
         count = _run(model, batches, forward, [pooled])
@@ -196,6 +196,8 @@ def _in_order(model: nn.Module, batches: Iterable[Any], forward: Forward | None,
     count, held = 0, sites(model)
     with ExitStack() as hooks:
         for site in held:
+            if isinstance(site.module, torch.jit.ScriptModule):  # it takes no hooks
+                continue
             hooks.callback(site.module.register_forward_pre_hook(note).remove)
         for batch in batches:
             feed(model, batch, forward)
@@ -226,7 +228,7 @@ def _called_holder(path: str, called: Mapping[str, int]) -> str:
 # -------------------------------------------------------------------------------------------------------- the record
 
 
-def _remember(layer: Pooled, memories: list[Found], edits: Edits) -> Line:
+def _remember(layer: Pooled, memories: list[Measured], edits: Edits) -> Line:
     """Let the model's layer remember what was found."""
     described, changes = shown(layer.original), False
     for memory in memories:

@@ -22,11 +22,11 @@ class End(NamedTuple):
     reason: str = ""  # why the way ends before a layer
 
 
-def upstream(value: Value, dim: int) -> End:
+def upstream(value: Value, dim: int, reader: Step | None = None) -> End:
     """The step that has made a value, past operations that only move its channels and that nobody else listens to."""
     while True:
         if len(value.readers) > 1:
-            others = ", ".join(str(step) for step in value.readers[1:])
+            others = ", ".join(str(step) for step in value.readers if step is not reader)
             return End(value.writer, dim, f"what it reads is also read by {others}")
         step = value.writer
         if step is None or step.layer is not None:
@@ -34,7 +34,7 @@ def upstream(value: Value, dim: int) -> End:
         before = dim_before(step, dim)
         if before is None:
             return End(step, dim)
-        value, dim = step.reads[0], before
+        value, dim, reader = step.reads[0], before, step
 
 
 def downstream(value: Value, dim: int) -> Iterator[End]:

@@ -16,7 +16,8 @@ from normwise.places import all_modules
 from normwise.recoveries import OffsetScale
 from normwise.spec import NormSpec
 from normwise.surgery.activated import Activated
-from normwise.surgery.exchange import HOOKS, Decision, Site, home_of, inherit
+from normwise.surgery.exchange import Decision, Site, home_of, inherit
+from normwise.surgery.flow import HOOKS
 from normwise.surgery.kinds import Kind, kind_of
 
 Make = Callable[[Any, Kind], nn.Module]  # from an old layer and its kind to the new one
