@@ -72,7 +72,7 @@ class Placed(nn.Module):
 
 
 def biased() -> nn.Module:
-    """What becomes an RMS norm as long as the LayerNorm has no bias to keep."""
+    """A LayerNorm that keeps its bias, behind what can be folded."""
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.LayerNorm(8))
 
 

@@ -157,13 +157,22 @@ def test_weights_with_folded_gains_fit_the_factorys_model(given: list[str], fold
     check(folded(x), model(x), VALUES)
 
 
-@pytest.mark.parametrize("factory", ["biased", "demanding"])
-@pytest.mark.parametrize("out", ["out.safetensors", "out.pt"])
-def test_where_folding_depends_on_the_weights_the_printed_lines_load_them_first(
-    factory: str, out: str, folder: Path, capsys: Captured
-) -> None:
-    """A new LayerNorm has a bias of zeros and becomes an RMS norm; this one keeps its bias."""
+def test_what_folding_leaves_does_not_depend_on_the_weights(folder: Path, capsys: Captured) -> None:
+    """A new LayerNorm has a bias of zeros, and still stays one here, as the trained one does."""
     model = written(cli_models.biased)
+    assert call("fold", "cli_models:biased", "--weights", "in.safetensors", "--out", "out.safetensors") == 0
+    printed = capsys.readouterr().out
+    assert lines_to_load(printed)[-2] == "model = nw.fold(biased().eval()).model"
+    folded, x = loaded(printed), torch.randn(5, 4)
+    assert [type(folded[at]).__name__ for at in (1, 3)] == ["Identity", "LayerNorm"]
+    check(folded(x), model(x), VALUES)
+
+
+@pytest.mark.parametrize("out", ["out.safetensors", "out.pt"])
+def test_where_a_model_does_not_run_without_weights_the_printed_lines_load_them_first(
+    out: str, folder: Path, capsys: Captured
+) -> None:
+    model, factory = written(cli_models.biased), "demanding"
     assert call("fold", f"cli_models:{factory}", "--weights", "in.safetensors", "--out", out) == 0
     printed = capsys.readouterr().out
     reading = f"load_file({out!r})" if out.endswith("safetensors") else f"torch.load({out!r}, weights_only=True)"

@@ -13,7 +13,7 @@ import torch
 from cli_models import alone, lazy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_weights import refusal, same
+from test_weight_files import refusal, same
 from torch import Tensor
 
 from normwise.errors import MissingExtraError, SurgeryError
