@@ -374,3 +374,11 @@ def test_frozen_unsized_and_parametrized_layers_are_refused() -> None:
     assert refusal(nn.Sequential(layer), "layer", "rms") == (
         "0: its parameters are parametrized: torch.nn.utils.parametrize.remove_parametrizations first"
     )
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
+    model(torch.randn(8, 4))
+    with pytest.raises(UserWarning, match=r"^swap: the weights were trained with other normalizations"):
+        nw.swap(model, "batch", "group")
+    assert type(model[1]) is nn.BatchNorm1d

@@ -48,7 +48,8 @@ class Edits:
         Raises:
             SurgeryError: something else stands now where a layer was exchanged; nothing is taken back then.
         """
-        for place, new in self._places:
+        standing = {place.path: (place, new) for place, new in self._places}  # the last that was put there
+        for place, new in standing.values():
             if place.get() is not new:
                 raise SurgeryError(f"{place.path}: another layer stands there since: undo first what was done later")
         self._places, places = [], self._places

@@ -94,10 +94,10 @@ def swap(
         record.operation = "swap"
         leave_fast_path(record.model, edits)
         record.notes += _check_runs(record.model, probe, forward)
-    if swaps.lost_training():
-        record.notes += (swaps.advice(),)
-        warnings.warn(record.notes[-1], stacklevel=2)
-    return record
+        if swaps.lost_training():
+            record.notes += (swaps.advice(),)
+            warnings.warn(record.notes[-1], stacklevel=2)
+        return record
 
 
 def renew(model: nn.Module, make: Callable[[int, Axis], nn.Module]) -> nn.Module:
