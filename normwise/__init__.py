@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from normwise import functional, textbook
@@ -24,16 +25,16 @@ from normwise.normalizers import L2, RMS, Standardize
 from normwise.record import Record
 from normwise.recoveries import Affine, OffsetScale, Scale
 from normwise.recurrent import GRU, LSTM, RNN
-from normwise.surgery.adopt import adopt, release
-from normwise.surgery.converters import register_converter
-from normwise.surgery.find import find
-from normwise.surgery.fold import fold
-from normwise.surgery.groups import param_groups
-from normwise.surgery.recalibrate import recalibrate
-from normwise.surgery.swap import swap
 
 if TYPE_CHECKING:
     from normwise.study import Study, tune
+    from normwise.surgery.adopt import adopt, release
+    from normwise.surgery.converters import register_converter
+    from normwise.surgery.find import find
+    from normwise.surgery.fold import fold
+    from normwise.surgery.groups import param_groups
+    from normwise.surgery.recalibrate import recalibrate
+    from normwise.surgery.swap import swap
 
 __version__ = "0.1.0"
 
@@ -89,10 +90,22 @@ __all__ = [
 ]
 
 _TUNING = ("Study", "tune")
+_SURGERY = {  # and where it is
+    "adopt": "adopt",
+    "find": "find",
+    "fold": "fold",
+    "param_groups": "groups",
+    "recalibrate": "recalibrate",
+    "register_converter": "converters",
+    "release": "adopt",
+    "swap": "swap",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """`tune` and `Study` are loaded when they are first asked for, because they need the optional packages."""
+    """Surgery and tuning are loaded when they are first asked for: an import stays fast, and needs torch alone."""
+    if name in _SURGERY:
+        return getattr(import_module(f"normwise.surgery.{_SURGERY[name]}"), name)
     if name not in _TUNING:
         raise AttributeError(f"module 'normwise' has no attribute {name!r}")
     try:

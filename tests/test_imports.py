@@ -64,6 +64,11 @@ def test_import_loads_no_optional_package() -> None:
     assert loaded.strip() == ""
 
 
+def test_surgery_is_loaded_when_it_is_asked_for() -> None:
+    asked = "import sys, normwise as nw; before = 'normwise.surgery' in sys.modules; nw.fold; "
+    assert checked(asked + "print(before, 'normwise.surgery.fold' in sys.modules)").split() == ["False", "True"]
+
+
 def test_the_layers_work_with_nothing_but_torch() -> None:
     code = """
 import copy, torch, normwise as nw
