@@ -255,10 +255,16 @@ def test_a_subclass_with_an_activation_is_refused_unless_it_is_registered(regist
         assert list(model) == before
     assert len(nw.swap(model, "batch", "group", names="1", copy=True).changed) == 1
 
-    nw.register_converter(Acting, lambda old: nn.Sequential(nw.BatchNorm(4), nn.ReLU()))
-    assert refusal(model, Acting, "group") == (
-        "2: its converter gives no declared Norm, which would tell its channels: give a function"
-    )
+    class Ours(nw.BatchNorm):
+        def forward(self, input: Tensor, **options: Any) -> Any:  # noqa: A002 - torch's name
+            return super().forward(input, **options).relu()
+
+    nw.register_converter(Acting, lambda old: Ours(4))
+    for what in (Acting, "batch", nw.BatchNorm):
+        assert refusal(model, what, "group") == (
+            "2: what its converter makes of it does more than normalize: give a function for what it becomes"
+        )
+        assert list(model) == before
     record = nw.swap(model, "other", lambda old: nn.Sequential(nw.GroupNorm(2, 4), nn.ReLU()))
     assert record.paths == ("2",)
 
@@ -328,8 +334,8 @@ def test_what_and_to_that_say_nothing_are_refused_before_anything_is_run() -> No
     says = "means no layers: give a kind, a class, a function of a layer, or several of them"
     assert refusal(model, 3, "none") == f"3 {says}"
     assert refusal(model, nn.BatchNorm1d(2), "none").startswith("BatchNorm1d(2, eps=1e-05, ")
-    words = "there are none, rms, layer, group, instance, batch, and group:G"
-    assert refusal(model, "batch", "group:0") == f"no layer is called 'group:0'; {words}"
+    words = "say one of 'none', 'rms', 'layer', 'group', 'instance', 'batch', or 'group:G'"
+    assert refusal(model, "batch", "group:0") == f"no normalization is called 'group:0'; {words}"
     become = "is no layer to become: give a word, one of normwise's named classes, or a function"
     assert refusal(model, "batch", nn.GroupNorm) == f"{nn.GroupNorm!r} {become}"
     assert refusal(model, "batch", nw.GroupNorm(2, 4)) == f"GroupNorm(2, 4, eps=1e-05, affine=True) {become}"

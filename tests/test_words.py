@@ -122,7 +122,8 @@ def test_a_word_that_names_no_layer_is_refused(word: str) -> None:
         with pytest.raises(SurgeryError) as caught:
             use(word)
         assert str(caught.value) == (
-            f"no layer is called {word!r}; there are none, rms, layer, group, instance, batch, and group:G"
+            f"no normalization is called {word!r}; say one of 'none', 'rms', 'layer', 'group', 'instance', 'batch', "
+            "or 'group:G'"
         )
 
 

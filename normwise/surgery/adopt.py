@@ -62,8 +62,10 @@ def adopt(
     >>> record, type(record.model[1]).__name__
     (Record('adopt', 1 changed, 0 left), 'BatchNorm')
     """
-    model = opened(model, copy=copy)
-    return _proved("adopt", model, _adopted, _probes(model, batch, forward), forward, tolerance)
+    model, alike = opened(model, copy=copy), set[tuple[type, str]]()
+    return _proved(
+        "adopt", model, lambda site: _adopted(site, alike), _probes(model, batch, forward), forward, tolerance
+    )
 
 
 def release(
@@ -119,16 +121,19 @@ def _proved(
         return record
 
 
-def _adopted(site: Site) -> Decision | None:
+def _adopted(site: Site, alike: set[tuple[type, str]]) -> Decision | None:
+    """What becomes of a layer; `alike` are the classes and declarations that have been compared."""
     layer, kind = site.module, kind_of(site.module)
     if kind is None or kind.converted is layer:
         return None
     new = kind.converted
     if new is None:
         return Decision(None, kind.reason)
-    reason = move_over(layer, new) or difference(layer, new)
+    compared = (type(layer), repr(new))
+    reason = move_over(layer, new) or (None if compared in alike else difference(layer, new))
     if reason is not None:
         return Decision(None, reason)
+    alike.add(compared)
     new.__dict__["adopted_from"] = type(layer)
     if isinstance(new, InstanceNorm) and isinstance(layer, _InstanceNorm):
         new.single_example_rank = layer._get_no_batch_dim()  # type: ignore[no-untyped-call]  # torch does not annotate it

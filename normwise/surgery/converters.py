@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from normwise.errors import NormwiseError
+from normwise.errors import NormwiseError, SurgeryError
 from normwise.layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, LayerNorm2d, RMSNorm, RMSNorm2d
 from normwise.memory import Frozen
 from normwise.norm import Norm
@@ -35,8 +35,12 @@ def register_converter(layer: type[nn.Module] | str, convert: Converter) -> None
     Args:
         layer: Its class, or the class's full name, `"package.module.Class"`, which need not be importable. Subclasses
             are other layers: they may compute something else.
-        convert: From a layer of that class to a new one of normwise's with the same declaration. Parameters and buffers
-            of the same names are moved over to it by whoever asked.
+        convert: From a layer of that class to a new one of normwise's with the same declaration, and with parameters
+            and buffers of the same names, which are moved over to it. A layer with others is left. What the old layer
+            does after its normalization the new one does in a subclass of one of normwise's.
+
+    Raises:
+        TypeError: `convert` cannot be called.
 
     >>> class Logged(nn.BatchNorm1d):
     ...     def forward(self, input):
@@ -48,6 +52,8 @@ def register_converter(layer: type[nn.Module] | str, convert: Converter) -> None
     >>> nw.adopt(nn.Sequential(Logged(4)))
     Record('adopt', 1 changed, 0 left)
     """
+    if not callable(convert):
+        raise TypeError(f"convert is a function from a layer to one of normwise's, not {convert!r}")
     _registered[layer] = convert
 
 
@@ -56,9 +62,8 @@ def convert(layer: nn.Module) -> nn.Module | None:
 
     A layer that is normwise's already is its own conversion.
     """
-    convert = _registered_for(layer)
-    if convert is not None:
-        return convert(layer)
+    if _registered_for(layer) is not None:
+        return _by_registered(layer)
     if isinstance(layer, Norm):
         return layer if _adds_nothing(type(layer)) else None
     known = _torchs(type(layer))
@@ -103,6 +108,50 @@ def unknown(layer: nn.Module) -> str:
     if isinstance(layer, (_NormBase, *TORCH, Norm)):
         return f"{kind} is a subclass that may do more; say what it means with nw.register_converter"
     return f"nothing is known of {kind}; say what it means with nw.register_converter"
+
+
+def is_registered(layer: nn.Module) -> bool:
+    """Whether a user has said what the layer means."""
+    return _registered_for(layer) is not None
+
+
+def _by_registered(layer: nn.Module) -> nn.Module:
+    """What a user's converter makes of a layer.
+
+    Raises:
+        SurgeryError: it fails, or makes no new module.
+    """
+    name = f"the converter of {type(layer).__name__}"
+    try:
+        converted = cast("Converter", _registered_for(layer))(layer)
+    except Exception as error:
+        raise SurgeryError(f"{name} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(converted, nn.Module) or converted is layer:
+        raise SurgeryError(
+            f"{name} gave {'the layer itself' if converted is layer else repr(converted)}, not a new one"
+        )
+    return converted
+
+
+def mismatch(old: nn.Module, new: nn.Module) -> str | None:
+    """Why the tensors and parts of a layer cannot be moved over to another; None: they can."""
+    keys, new_keys = set(old.state_dict(keep_vars=True)), set(new.state_dict(keep_vars=True))
+    if keys != new_keys:
+        return f"its state has the keys {', '.join(sorted(keys))}, and here it would have {', '.join(sorted(new_keys))}"
+    held = [name for slots in (old._modules, old._buffers) for name, value in slots.items() if value is not None]
+    more = [name for name in held if name not in (*new._modules, *new._buffers)]
+    if more:
+        return f"it holds more than a normalization does: {', '.join(more)}"
+    for name, parameter in new._parameters.items():
+        given = old._parameters.get(name)
+        if parameter is not None and given is not None and parameter.shape != given.shape:
+            return f"its {name} has shape {tuple(given.shape)}, where its settings say {tuple(parameter.shape)}"
+    return None
+
+
+def adds_behaviour(layer: nn.Module) -> bool:
+    """Whether a layer is of a class that may do more than what its declaration says."""
+    return not _adds_nothing(type(layer))
 
 
 def _registered_for(layer: nn.Module) -> Converter | None:

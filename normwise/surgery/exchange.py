@@ -13,6 +13,7 @@ from normwise.errors import SurgeryError
 from normwise.norm import Norm
 from normwise.places import OWN_ATTRIBUTES, Place, all_modules, places
 from normwise.record import Line, Record, shown
+from normwise.surgery.converters import mismatch
 from normwise.surgery.edits import Edits
 from normwise.surgery.flow import HOOKS
 
@@ -173,17 +174,9 @@ def move_over(old: nn.Module, new: nn.Module) -> str | None:
     Parameters and buffers stay the same objects, so that an optimizer, a tied weight and an undo find them; only
     statistics in half precision are widened.
     """
-    keys, new_keys = set(old.state_dict(keep_vars=True)), set(new.state_dict(keep_vars=True))
-    if keys != new_keys:
-        return f"its state has the keys {', '.join(sorted(keys))}, and here it would have {', '.join(sorted(new_keys))}"
-    held = [name for slots in (old._modules, old._buffers) for name, value in slots.items() if value is not None]
-    more = [name for name in held if name not in (*new._modules, *new._buffers)]
-    if more:
-        return f"it holds more than a normalization does: {', '.join(more)}"
-    for name, parameter in new._parameters.items():
-        given = old._parameters.get(name)
-        if parameter is not None and given is not None and parameter.shape != given.shape:
-            return f"its {name} has shape {tuple(given.shape)}, where its settings say {tuple(parameter.shape)}"
+    reason = mismatch(old, new)
+    if reason is not None:
+        return reason
     share_tensors(old, new)
     inherit(old, new)
     return None

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from normwise.batches import Forward, feed
 from normwise.errors import SurgeryError
 from normwise.norm import Norm
+from normwise.places import all_modules
 from normwise.record import Line, Record, shown
 from normwise.surgery.absorb import is_linear
 from normwise.surgery.centre import centre
@@ -90,6 +91,8 @@ def fold(
         checks = proof.check(model, edits, tolerance) if changed else ()
         record = Record("fold", model, tuple(changed), tuple(left), checks, inverse=edits.undo)
         record = with_stale_parameters(record, parameters)
+        if model.training and any(_waits_for_evaluation(layer) for layer in all_modules(model)):
+            record.notes += ("the model is in training mode: after model.eval() more can be folded",)
         if changed and not model.training:
             record.notes += ("folded in evaluation: in training it is another model now",)
         return record
@@ -141,7 +144,7 @@ def _look(model: nn.Module, probe: Probe, forward: Forward | None) -> tuple[list
         flow = trace(model, lambda: feed(model, probe.batch, forward), wholes)
     subjects, unknown = [], []
     for site, kind in kinds:
-        if isinstance(kind.converted, Norm):
+        if isinstance(kind.converted, Norm) and kind.spec is not None:
             subjects.append(Subject(site, kind.converted, flow))
         else:
             reason = kind.reason or "it has no declaration"
@@ -183,3 +186,10 @@ def _carry_out(fold: Fold, subject: Subject, edits: Edits) -> Line:
     for place in subject.site.places:
         edits.exchange(place, fold.new)
     return Line(subject.site.path, before, shown(fold.new), fold.why)
+
+
+def _waits_for_evaluation(layer: nn.Module) -> bool:
+    """Whether it remembers statistics, and would use them in evaluation."""
+    return (
+        layer.training and isinstance(layer._buffers.get("running_var"), Tensor) and not getattr(layer, "frozen", False)
+    )

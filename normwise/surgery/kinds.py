@@ -10,7 +10,15 @@ from normwise.norm import Norm
 from normwise.normalizers import L2, RMS
 from normwise.pattern import ELLIPSIS, Pattern
 from normwise.spec import NormSpec
-from normwise.surgery.converters import convert, looks_like_one, obstacle, unknown
+from normwise.surgery.converters import (
+    adds_behaviour,
+    convert,
+    is_registered,
+    looks_like_one,
+    mismatch,
+    obstacle,
+    unknown,
+)
 
 
 @dataclass(frozen=True)
@@ -19,7 +27,7 @@ class Kind:
 
     Attributes:
         name: "batch", "instance", "group", "layer", "rms", "l2"; "other" for one that a registered converter turns
-            into a module without a declaration; "unknown" for one that cannot be converted.
+            into a module that does more than normalize; "unknown" for one that cannot be converted.
         converted: The layer in normwise's words, without values; None for an unknown one.
         reason: Why it cannot be converted.
     """
@@ -30,8 +38,8 @@ class Kind:
 
     @property
     def spec(self) -> NormSpec | None:
-        """Its declaration; None where there is none."""
-        return self.converted.spec if isinstance(self.converted, Norm) else None
+        """Its declaration; None where there is none, or where it is not all that the layer does."""
+        return self.converted.spec if isinstance(self.converted, Norm) and self.name != "other" else None
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
@@ -49,7 +57,12 @@ def kind_of(layer: nn.Module) -> Kind | None:
     converted = convert(layer)
     if converted is None:
         return Kind("unknown", reason=unknown(layer))
-    return Kind(kind_of_spec(converted.spec) if isinstance(converted, Norm) else "other", converted)
+    misfit = mismatch(layer, converted) if is_registered(layer) else None
+    if misfit is not None:
+        return Kind("unknown", reason=misfit)
+    if not isinstance(converted, Norm) or adds_behaviour(converted):
+        return Kind("other", converted, "what its converter makes of it does more than normalize")
+    return Kind(kind_of_spec(converted.spec), converted)
 
 
 def kind_of_spec(spec: NormSpec) -> str:

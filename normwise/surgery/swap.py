@@ -208,7 +208,7 @@ def _is_meant(layer: nn.Module, kind: Kind, what: What) -> bool:
     if isinstance(what, (list, tuple)):
         return any(_is_meant(layer, kind, one) for one in what)
     if isinstance(what, str):
-        return what == kind.name or (kind.name == "unknown" and isinstance(layer, _TORCHS_OF.get(what, ())))
+        return what == kind.name or (kind.name in ("unknown", "other") and isinstance(layer, _TORCHS_OF.get(what, ())))
     if isinstance(what, type):
         word = _WORD_OF.get(what)
         return isinstance(layer, what) if word is None else _is_meant(layer, kind, word)
@@ -260,7 +260,9 @@ def features_of(kind: Kind) -> tuple[int, Axis]:
     """
     spec = kind.spec
     if spec is None:
-        raise SurgeryError("its converter gives no declared Norm, which would tell its channels: give a function")
+        raise SurgeryError(
+            "what its converter makes of it does more than normalize: give a function for what it becomes"
+        )
     place = channel_place(spec)
     if place is None or len(spec.parameter_over) > 1:
         raise SurgeryError(f"'{spec.text}' has no single dimension that is known to be its channels")

@@ -40,7 +40,9 @@ def check_word(word: str) -> None:
         SurgeryError: it is none of `WORDS`, and not `group:G`.
     """
     if word not in WORDS and not re.fullmatch(r"group:[1-9]\d*", word):
-        raise SurgeryError(f"no layer is called {word!r}; there are {', '.join(WORDS)}, and group:G")
+        raise SurgeryError(
+            f"no normalization is called {word!r}; say one of {', '.join(map(repr, WORDS))}, or 'group:G'"
+        )
 
 
 def group_count(features: int, most: int = 32) -> int:
