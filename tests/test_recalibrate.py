@@ -387,24 +387,3 @@ def test_an_activation_and_a_dropout_within_a_layer() -> None:
     check_memory(layer, rows)
     normalized = (rows.double() - rows.double().mean(0)) / (rows.double().var(0, unbiased=False) + 1e-5).sqrt()
     check_memory(model[1], normalized.clamp_min(0))
-
-
-def test_a_copy_is_recalibrated_in_the_place_of_the_model() -> None:
-    model, x = nn.Sequential(nn.BatchNorm1d(4)), data(16, 4)
-    before = state(model)
-    record = recalibrate(model, x.split(SIZES), copy=True)
-    check_memory(record.model[0], x)
-    assert state(model) == before
-
-
-def test_the_record_reads() -> None:
-    x = torch.tensor([[0.0], [2.0], [4.0]])
-    assert (
-        str(recalibrate(nn.Sequential(nn.BatchNorm1d(1, eps=0.0)), [x]))
-        == """\
-recalibrate: 1 changed, 0 left as they were
-
-changed  before          after           why
-0        BatchNorm1d(1)  BatchNorm1d(1)  3 samples a statistic in 1 batch; mean moved by at most 1 standard \
-deviations, variance by a factor 4 to 4"""
-    )

@@ -343,3 +343,24 @@ def test_an_iterator_is_read_once() -> None:
     layer, x = nn.BatchNorm1d(4), data(16, 4)
     recalibrate(layer, (part for part in x.split(SIZES)))
     check_memory(layer, x)
+
+
+def test_a_copy_is_recalibrated_in_the_place_of_the_model() -> None:
+    model, x = nn.Sequential(nn.BatchNorm1d(4)), data(16, 4)
+    before = state(model)
+    record = recalibrate(model, x.split(SIZES), copy=True)
+    check_memory(record.model[0], x)
+    assert state(model) == before
+
+
+def test_the_record_reads() -> None:
+    x = torch.tensor([[0.0], [2.0], [4.0]])
+    assert (
+        str(recalibrate(nn.Sequential(nn.BatchNorm1d(1, eps=0.0)), [x]))
+        == """\
+recalibrate: 1 changed, 0 left as they were
+
+changed  before          after           why
+0        BatchNorm1d(1)  BatchNorm1d(1)  3 samples a statistic in 1 batch; mean moved by at most 1 standard \
+deviations, variance by a factor 4 to 4"""
+    )

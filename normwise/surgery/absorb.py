@@ -49,15 +49,6 @@ def _is_conv1d(layer: nn.Module) -> bool:
     return type(layer).__name__ == "Conv1D" and type(layer).__module__.startswith("transformers.")
 
 
-def channels_of(layer: Any) -> tuple[int, int]:
-    """Input and output channels."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    if _is_conv1d(layer):
-        return int(layer.weight.shape[0]), int(layer.weight.shape[1])
-    return layer.in_channels, layer.out_channels
-
-
 def channel_dim_of(layer: Any, rank: int) -> int:
     """The dimension of the channels in inputs and outputs of that many dimensions."""
     return rank - 1 if isinstance(layer, nn.Linear) or _is_conv1d(layer) else rank - 1 - len(layer.kernel_size)

@@ -82,16 +82,15 @@ def _explored(first: Subject, by_layer: dict[int, Subject]) -> Stream:
     """Follow all that is added up before a LayerNorm, up and down, to its ends."""
     stream = Stream()
     waiting: list[tuple[Value, int]] = []
-    seen: dict[int, int] = {}
-    done: set[int] = set()
+    dims: dict[int, int] = {}  # of what has been looked at
     try:
         waiting += _of_norm(first, stream)
         while waiting:
             value, dim = waiting.pop()
-            if seen.setdefault(id(value), dim) != dim:
+            if dims.get(id(value), dim) != dim:
                 raise _RefusedError("its features lie along two dimensions of what it normalizes")
-            if id(value) not in done:
-                done.add(id(value))
+            if id(value) not in dims:
+                dims[id(value)] = dim
                 waiting += _written_by(value, dim, stream)
                 waiting += _read_by(value, dim, stream, by_layer)
     except _RefusedError as error:

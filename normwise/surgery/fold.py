@@ -139,7 +139,7 @@ def _fold_all(
 def _look(model: nn.Module, probe: Probe, forward: Forward | None) -> tuple[list[Subject], list[Line]]:
     """The normalizations in a forward, and those of which nothing is known."""
     kinds = [(site, kind) for site in sites(model) if (kind := kind_of(site.module)) is not None]
-    wholes = [site.module for site, _ in kinds] + [module for module in model.modules() if is_linear(module)]
+    wholes = [site.module for site, _ in kinds] + [module for module in all_modules(model) if is_linear(module)]
     with untouched(model):
         flow = trace(model, lambda: feed(model, probe.batch, forward), wholes)
     subjects, unknown = [], []

@@ -41,12 +41,10 @@ def recalibrate(
     `torch.optim.swa_utils.update_bn` leaves it.
 
     The model runs in evaluation mode, without dropout. In one pass the layers with a memory normalize each batch by
-    its own statistics, as in training: one forward a batch, and what a layer sees has the noise of the batches in it.
-    That is good enough for large batches. With `layerwise` they are measured one after another, each behind layers that
-    normalize by their new statistics already: what is remembered is then what the layer sees in evaluation, exactly
-    (but for one that is called again on what it has computed itself). It costs one pass over the batches a layer, and
-    up to one more to find their order; it is worth that for small batches, few layers, or many layers on top of each
-    other.
+    its own statistics, as in training, which is good enough for large batches. With `layerwise` they are measured one
+    after another, each behind layers that normalize by their new statistics already: what is remembered is then what
+    the layer sees in evaluation, exactly (but for one that is called again on what it has computed itself). That costs
+    one pass over the batches a layer, and up to one more to find their order.
 
     Layers of torch's, timm's and Hugging Face's are measured by normwise's in their place, and stay what they are, with
     the same tensors. Masks that the model gives to normwise's layers are respected. Batch renormalization and ghost
@@ -69,9 +67,7 @@ def recalibrate(
 
     Raises:
         SurgeryError: there are no batches, or they cannot be read as often as needed; sizes that are not known yet.
-        NonFiniteError: a batch is not finite, and the layer's policy is to raise.
-
-    An exception, an interruption included, leaves the model as it was, bit for bit.
+        NonFiniteError: a batch is not finite, and the layer's policy is to raise. The model is then as it was.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     >>> x = torch.randn(16, 4)
@@ -88,21 +84,23 @@ def recalibrate(
     with _evaluating(whole), standing_in(model) as (running, layers, left):
         measure = _layer_by_layer if layerwise else _in_one_pass
         found = measure(running, batches, forward, layers) if layers else []
-    changed: list[Line] = []
-    record = Record("recalibrate", model, left=(*left,))
     with Edits() as edits:
-        for layer, memories in zip(layers, found, strict=True):
-            line = _remember(layer, memories, edits)
-            (left if line.after is None else changed).append(line)
+        lines = [_remember(layer, memories, edits) for layer, memories in zip(layers, found, strict=True)]
+        record = _recorded(model, lines, left, edits)
         if before is not None and loss is not None:
             with _evaluating(whole):
                 after = _mean_loss(model, batches, forward, loss)
             record.measured = {"loss_before": before, "loss_after": after}
-            record.notes = (f"mean loss in evaluation: {before:.6g} before, {after:.6g} after",)
-    record.changed, record.left, record.inverse = tuple(changed), tuple(left), edits.undo
-    if not changed and not left:
-        record.notes += ("no layer remembers anything",)
-    return record
+            record.notes += (f"mean loss in evaluation: {before:.6g} before, {after:.6g} after",)
+        return record
+
+
+def _recorded(model: nn.Module, lines: list[Line], left: list[Line], edits: Edits) -> Record:
+    """What became of the layers that were measured, and which were not."""
+    changed = tuple(line for line in lines if line.after is not None)
+    kept = (*left, *(line for line in lines if line.after is None))
+    notes = () if changed or kept else ("no layer remembers anything",)
+    return Record("recalibrate", model, changed, kept, notes=notes, inverse=edits.undo)
 
 
 def _check_batches(batches: Any, *, several: bool) -> None:
