@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from normwise import functional, textbook
 from normwise.errors import (
+    DiagnosisError,
     MissingExtraError,
     NonFiniteError,
     NormwiseError,
@@ -27,6 +28,16 @@ from normwise.recoveries import Affine, OffsetScale, Scale
 from normwise.recurrent import GRU, LSTM, RNN
 
 if TYPE_CHECKING:
+    from normwise.diagnose.activations import activations
+    from normwise.diagnose.doctor import doctor
+    from normwise.diagnose.gap import gap
+    from normwise.diagnose.lr_range import lr_range
+    from normwise.diagnose.monitor import Monitor
+    from normwise.diagnose.nonfinite import first_nonfinite
+    from normwise.diagnose.sharpness import sharpness
+    from normwise.diagnose.smoothness import smoothness
+    from normwise.diagnose.stable_lr import max_stable_lr
+    from normwise.diagnose.thresholds import stability_threshold
     from normwise.study import Study, tune
     from normwise.surgery.adopt import adopt, release
     from normwise.surgery.converters import register_converter
@@ -47,12 +58,14 @@ __all__ = [
     "Affine",
     "Average",
     "BatchNorm",
+    "DiagnosisError",
     "Frozen",
     "GroupNorm",
     "InstanceNorm",
     "LayerNorm",
     "LayerNorm2d",
     "MissingExtraError",
+    "Monitor",
     "Moving",
     "NonFiniteError",
     "Norm",
@@ -72,17 +85,26 @@ __all__ = [
     "SurgeryError",
     "TooFewSamplesError",
     "accumulate",
+    "activations",
     "adopt",
+    "doctor",
     "domain",
     "find",
+    "first_nonfinite",
     "fold",
     "freeze",
     "functional",
+    "gap",
+    "lr_range",
+    "max_stable_lr",
     "no_update",
     "param_groups",
     "recalibrate",
     "register_converter",
     "release",
+    "sharpness",
+    "smoothness",
+    "stability_threshold",
     "swap",
     "textbook",
     "tune",
@@ -90,22 +112,32 @@ __all__ = [
 ]
 
 _TUNING = ("Study", "tune")
-_SURGERY = {  # and where it is
-    "adopt": "adopt",
-    "find": "find",
-    "fold": "fold",
-    "param_groups": "groups",
-    "recalibrate": "recalibrate",
-    "register_converter": "converters",
-    "release": "adopt",
-    "swap": "swap",
+_LATER = {  # and where it is
+    "Monitor": "diagnose.monitor",
+    "activations": "diagnose.activations",
+    "adopt": "surgery.adopt",
+    "doctor": "diagnose.doctor",
+    "find": "surgery.find",
+    "first_nonfinite": "diagnose.nonfinite",
+    "fold": "surgery.fold",
+    "gap": "diagnose.gap",
+    "lr_range": "diagnose.lr_range",
+    "max_stable_lr": "diagnose.stable_lr",
+    "param_groups": "surgery.groups",
+    "recalibrate": "surgery.recalibrate",
+    "register_converter": "surgery.converters",
+    "release": "surgery.adopt",
+    "sharpness": "diagnose.sharpness",
+    "smoothness": "diagnose.smoothness",
+    "stability_threshold": "diagnose.thresholds",
+    "swap": "surgery.swap",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Surgery and tuning are loaded when they are first asked for: an import stays fast, and needs torch alone."""
-    if name in _SURGERY:
-        return getattr(import_module(f"normwise.surgery.{_SURGERY[name]}"), name)
+    """Surgery, diagnoses and tuning are loaded when they are asked for: an import is fast, and needs torch alone."""
+    if name in _LATER:
+        return getattr(import_module(f"normwise.{_LATER[name]}"), name)
     if name not in _TUNING:
         raise AttributeError(f"module 'normwise' has no attribute {name!r}")
     try:

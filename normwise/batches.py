@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from normwise.errors import DiagnosisError
+
 Forward = Callable[[nn.Module, Any], Any]
+Loss = Callable[[Any, Any], Any]
 
 
 def feed(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
@@ -28,6 +31,51 @@ def feed(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
     if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
         batch = batch[0]
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def loss_of(model: nn.Module, batch: Any, loss: Loss | None = None, forward: Forward | None = None) -> Tensor:
+    """The loss of a batch, a tensor of one element.
+
+    `loss(output, target)`, with the second element of a tuple or list as the target; of other batches the target is the
+    batch. Without a loss it is the model's own: its output, if that is one number, or the `loss` in it.
+
+    Raises:
+        DiagnosisError: what came is not one number.
+
+    >>> loss_of(nn.Linear(2, 1), (torch.zeros(3, 2), torch.ones(3, 1)), nn.functional.mse_loss).shape
+    torch.Size([])
+    """
+    batch = moved(batch, device_of(model))
+    output = feed(model, batch, forward)
+    value = _own_loss(output) if loss is None else loss(output, target_of(batch))
+    if not isinstance(value, Tensor):
+        raise DiagnosisError(f"the loss is a {type(value).__name__}, and has to be a tensor with a gradient")
+    if value.numel() != 1:
+        raise DiagnosisError(f"the loss is a tensor of shape {tuple(value.shape)}, and has to be one number")
+    return value.reshape(())
+
+
+def target_of(batch: Any) -> Any:
+    """What a loss compares the output with: the second element of a tuple or list; otherwise the batch."""
+    return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else batch
+
+
+def _own_loss(output: Any) -> Any:
+    """The loss that a model computes itself."""
+    if isinstance(output, Tensor) and output.numel() == 1:
+        return output
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if found is None:
+        kind = f"of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise DiagnosisError(
+            f"the model's output, {kind}, has no loss in it: give loss=, called as loss(output, target)"
+        )
+    return found
+
+
+def rows_of(batch: Any) -> int:
+    """The rows of a batch: the first dimension of its first tensor that has one."""
+    return next((len(tensor) for tensor in tensors_in(batch) if tensor.dim() > 0), 1)
 
 
 def moved(batch: Any, device: torch.device | None) -> Any:

@@ -39,6 +39,10 @@ class SurgeryError(NormwiseError, ValueError):
     """An operation on a model that cannot be done, or whose proof failed; the model is as it was."""
 
 
+class DiagnosisError(NormwiseError, ValueError):
+    """A measurement that cannot be made as asked; the model is as it was."""
+
+
 class MissingExtraError(NormwiseError, ImportError):
     """A part of normwise whose optional dependency is not installed."""
 

@@ -1,4 +1,4 @@
-"""The words of the command line for finished models: `normwise inspect`, `swap`, `fold`, `recalibrate`."""
+"""The words of the command line for models: `normwise inspect`, `swap`, `fold`, `recalibrate`, `doctor`."""
 
 from __future__ import annotations
 
@@ -152,6 +152,58 @@ def recalibrate(
             made = _loaded(model, weights)
             record = operate(made, Batches(data, batches), loss=measured, layerwise=layerwise)
         _finish(record, out, assigned(calling(model)), json)
+
+
+@app.command()
+def doctor(
+    model: Model,
+    data: Annotated[str, typer.Option(help="module:function that returns batches, or a loader of them.")],
+    weights: Weights = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="cross_entropy, mse, or module:function. [default: the model's own]"),
+    ] = None,
+    optimizer: Annotated[str | None, typer.Option(help="module:function that makes the optimizer of a model.")] = None,
+    lr: Annotated[float | None, typer.Option(help="The learning rate, if it is not the optimizer's.")] = None,
+    accumulation: Annotated[int, typer.Option(min=1, help="Batches whose gradients are added up for a step.")] = 1,
+    batches: Annotated[int, typer.Option(min=1, help="Look at so many batches.")] = 8,
+    fail_on: Annotated[
+        str | None, typer.Option(help="Exit with 1 for findings so harmful or more: fatal, severe, moderate, minor.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Examine a model as it is trained: what is wrong, where, the number that shows it, and the fix."""
+    with plainly():
+        from normwise.diagnose.doctor import doctor as examine
+        from normwise.diagnose.findings import checked_harm
+        from normwise.sources import Batches, made_optimizer
+        from normwise.tuning.training import find_loss
+
+        level = None if fail_on is None else checked_harm(fail_on)
+        with _user_code(f"doctor of {model!r}"):
+            measured = None if loss is None else find_loss(loss)
+            made = _loaded(model, weights)
+            stepping = None if optimizer is None else made_optimizer(optimizer, made)
+            given = Batches(data, None).given
+            found = examine(
+                made,
+                given,
+                measured,
+                optimizer=stepping,
+                lr=lr,
+                accumulation=accumulation,
+                most=batches,
+                progress=_progress,
+            )
+        typer.echo(found.to_json() if json else str(found))
+        if level is not None and found.at_least(level):
+            raise typer.Exit(1)
+
+
+def _progress(what: str) -> None:
+    """Say what is done, where somebody is looking."""
+    if sys.stderr.isatty():
+        typer.echo(f"looking at: {what}", err=True)
 
 
 # ---------------------------------------------------------------------------------------------------- what all share

@@ -394,6 +394,6 @@ def _sized(pattern: NormSpec, features: int, *, bias: bool) -> NormSpec:
     recovery = pattern.recovery
     if isinstance(recovery, Affine) and not bias:
         recovery = Scale(recovery.over)
-    shape = torch.Size((1, 1, features) if has_time(pattern) else (1, features))
+    shape = torch.Size((1, dict(pattern.sizes).get(TIME, 1), features) if has_time(pattern) else (1, features))
     plan = plan_for(pattern.pattern, shape, pattern.call_sizes)
     return replace(pattern, recovery=recovery).with_sizes({name: plan.size(name) for name in pattern.unknown})

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from normwise.errors import NormwiseError, SurgeryError
 from normwise.recipes import Code, calling
@@ -123,10 +124,29 @@ class Batches:
             kind = type(self._given).__name__
             raise SurgeryError(f"data {spec!r} returned a {kind}, not batches: a list, a loader or a generator of them")
 
+    @property
+    def given(self) -> Any:
+        """What the function returned, such as a loader; these batches, where that is an iterator."""
+        return self if isinstance(self._given, Iterator) else self._given
+
     def __iter__(self) -> Iterator[Any]:
         with blame(f"data {self._spec!r} raised"):
             batches = _call(self._spec) if isinstance(self._given, Iterator) else self._given
             yield from islice(batches, self._most)
+
+
+def made_optimizer(spec: str, model: nn.Module) -> Optimizer:
+    """The optimizer that `module:function` makes of a model.
+
+    Raises:
+        NormwiseError: there is no such function, or it gives no optimizer.
+    """
+    make = resolve(spec, "optimizer")
+    with blame(f"optimizer {spec!r} raised"):
+        optimizer = make(model)
+    if not isinstance(optimizer, Optimizer):
+        raise SurgeryError(f"optimizer {spec!r} returned a {type(optimizer).__name__}, not a torch.optim.Optimizer")
+    return optimizer
 
 
 def _call(spec: str) -> Any:

@@ -13,20 +13,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from normwise.places import OWN_ATTRIBUTES, all_modules
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(
+    model: nn.Module, *, values: bool = False, optimizer: Optimizer | None = None, batches: Any = None
+) -> Iterator[None]:
     """Whatever happens within, an exception and Ctrl-C included, the model and the generators are then as before.
 
     Put back are the buffers (their values, and which tensors they are), which tensors the parameters are, their `grad`
     and `requires_grad`, the mode of every module, and the random number generators of torch, Python and NumPy. A layer
-    whose sizes were found within waits for them again: a probe decides neither on them nor on the first weights. The
-    values of parameters are not copied, except those of embeddings with a `max_norm`, which a forward scales. Plain
+    whose sizes were found within waits for them again: a probe decides neither on them nor on the first weights. Plain
     attributes are put back, with the items of lists and dictionaries; what is deeper in them is not. So are hooks,
     which run as in any forward. Modules that are exchanged within stay exchanged.
+
+    Args:
+        model: A model, in any mode.
+        values: Put the values of the parameters back as well, which costs a copy of them. Without it only those of
+            embeddings with a `max_norm` are copied, which a forward scales.
+        optimizer: Put its state and its settings (learning rates, ...) back as well.
+        batches: A loader whose own random number generators are put back as well.
 
     >>> model = nn.Sequential(nn.LazyLinear(2), nn.BatchNorm1d(2))
     >>> with untouched(model):
@@ -35,14 +44,38 @@ def untouched(model: nn.Module) -> Iterator[None]:
     (LazyLinear(in_features=0, out_features=2, bias=True), tensor(0))
     """
     modules = list(all_modules(model))
-    kept: tuple[_Part, ...] = (_Tables(modules), _Values(modules), _Gradients(modules), _Unsized(modules))
-    devices = sorted({t.device.index or 0 for m in modules for t in _tensors(m) if t.device.type == "cuda"})
-    with torch.random.fork_rng(devices), _other_generators():
-        try:
-            yield
-        finally:
-            for part in kept:
-                part.put_back()
+    kept: list[_Part] = [_Tables(modules), _Values(modules), _Gradients(modules), _Unsized(modules), _Random(modules)]
+    kept += [_Weights(modules)] if values else []
+    kept += [_Optimized(optimizer)] if optimizer is not None else []
+    kept += [_Drawn(batches)] if batches is not None else []
+    try:
+        yield
+    finally:
+        for part in kept:
+            part.put_back()
+
+
+class Moment:
+    """All that a forward may read and change, besides weights, as it is now: `back()` goes back to it any time.
+
+    So a loss can be computed again and again from the same memory, with the same random numbers.
+
+    >>> model, x = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(3)), torch.randn(8, 3)
+    >>> moment = Moment(model)
+    >>> first = model(x)
+    >>> moment.back()
+    >>> torch.equal(model(x), first)
+    True
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(all_modules(model))
+        self._kept: tuple[_Part, ...] = (_Tables(modules), _Values(modules), _Random(modules))
+
+    def back(self) -> None:
+        """Put buffers, modes, hooks, attributes and random number generators back."""
+        for part in self._kept:
+            part.put_back()
 
 
 class _Part(Protocol):
@@ -102,6 +135,71 @@ class _Gradients:
                 grad.copy_(copied)
 
 
+class _Weights:
+    """The values of the parameters."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._kept = [(p, p.detach().clone()) for p in _parameters(modules) if not is_lazy(p)]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for parameter, value in self._kept:
+            _put_back(parameter, value)
+
+
+class _Optimized:
+    """What an optimizer remembers of each parameter, and its settings."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._state = {p: {k: (v, _copied(v)) for k, v in known.items()} for p, known in optimizer.state.items()}
+        self._groups = [(group, {k: (v, _copied(v)) for k, v in group.items()}) for group in optimizer.param_groups]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        self._optimizer.state.clear()
+        for parameter, known in self._state.items():
+            self._optimizer.state[parameter] = {key: _original(*kept) for key, kept in known.items()}
+        self._optimizer.param_groups[:] = [group for group, _ in self._groups]
+        for group, settings in self._groups:
+            _restore(group, {key: _original(*kept) for key, kept in settings.items()})
+
+
+class _Drawn:
+    """The generators that decide on the order of a loader's batches."""
+
+    def __init__(self, batches: Any) -> None:
+        holders = [batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)]
+        holders.append(getattr(holders[-1], "sampler", None))
+        found = [getattr(holder, "generator", None) for holder in holders]
+        generators = {id(g): g for g in found if isinstance(g, torch.Generator)}.values()
+        self._kept = [(generator, generator.get_state()) for generator in generators]
+
+    def put_back(self) -> None:
+        for generator, state in self._kept:
+            generator.set_state(state)
+
+
+class _Random:
+    """The global generators of torch on the model's devices, of Python and, where it is loaded, of NumPy."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        devices = {t.device.index or 0 for m in modules for t in _tensors(m) if t.device.type == "cuda"}
+        self._torchs = torch.get_rng_state()
+        self._cudas = {device: torch.cuda.get_rng_state(device) for device in devices}
+        self._pythons = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self._numpys = None if numpy is None else numpy.random.get_state()
+
+    def put_back(self) -> None:
+        torch.set_rng_state(self._torchs)
+        for device, state in self._cudas.items():
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(self._pythons)
+        if self._numpys is not None:
+            sys.modules["numpy"].random.set_state(self._numpys)
+
+
 class _Contents:
     """The items of a plain attribute that is a list, a set or a dictionary."""
 
@@ -140,19 +238,6 @@ class _Unsized:
             _restore(module.__dict__, attributes)
         for table, kept in self._hooks:
             _restore(table, kept)
-
-
-@contextmanager
-def _other_generators() -> Iterator[None]:
-    """Python's and, where it is loaded, NumPy's generator go on afterwards where they were."""
-    numpy = sys.modules.get("numpy")
-    state, numpys = random.getstate(), numpy.random.get_state() if numpy is not None else None
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        if numpy is not None:
-            numpy.random.set_state(numpys)
 
 
 def seed(number: int) -> None:
@@ -200,6 +285,20 @@ def _restore(table: dict[str, Any], kept: dict[str, Any]) -> None:
     """The same dictionary with what it held, in the same order."""
     table.clear()
     table.update(kept)
+
+
+def _copied(value: Any) -> Any:
+    """What is kept of a value that may be changed in place."""
+    return value.detach().clone() if isinstance(value, Tensor) else value.copy() if isinstance(value, list) else value
+
+
+def _original(value: Any, copied: Any) -> Any:
+    """The same object with what it held."""
+    if isinstance(value, Tensor):
+        _put_back(value, copied)
+    elif isinstance(value, list):
+        value[:] = copied
+    return value
 
 
 def _put_back(tensor: Tensor, value: Tensor) -> None:

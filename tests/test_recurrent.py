@@ -308,6 +308,17 @@ def test_beyond_the_end_the_last_steps_statistics_are_used() -> None:
     check(output[6], (given + layer.bias_ih_l0 + hidden + layer.bias_hh_l0).tanh(), VALUES)
 
 
+def test_a_declared_length_is_that_of_the_memory() -> None:
+    norm = Norm("[n] t c", recovery=Affine("c"), memory=Moving("t c", decay=0.9, beyond={"t": "last"}), t=7)
+    net = LSTM(3, 5, batch_first=True, norm=norm)
+    assert [layer.running_mean.shape for layer in net.norms.values()] == [(7, 20), (7, 20), (7, 5)]
+    sequences = torch.randn(4, 7, 3)
+    trained, _ = net(sequences)
+    evaluated, _ = net.eval()(torch.randn(4, 9, 3))
+    assert trained.shape == (4, 7, 5)
+    assert evaluated.isfinite().all()
+
+
 def test_an_empty_batch() -> None:
     output, (h, c) = LSTM(3, 5, norm=LAYER)(torch.zeros(6, 0, 3))
     assert [tuple(part.shape) for part in (output, h, c)] == [(6, 0, 5), (1, 0, 5), (1, 0, 5)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from normwise.batches import Forward, device_of, feed, moved, tensors_in
+from normwise.batches import Forward, Loss, device_of, feed, moved, rows_of, target_of
 from normwise.errors import SurgeryError
 from normwise.record import Line, Record, shown
 from normwise.surgery.edits import Edits
@@ -19,8 +19,6 @@ from normwise.surgery.exchange import opened, sites
 from normwise.surgery.pooled import Measured, Pooled
 from normwise.surgery.stand_in import standing_in
 from normwise.untouched import untouched
-
-Loss = Callable[[Any, Any], Any]
 
 
 def recalibrate(
@@ -243,9 +241,9 @@ def _mean_loss(model: nn.Module, batches: Iterable[Any], forward: Forward | None
     for given in batches:
         batch = moved(given, device_of(model))
         output = feed(model, batch, forward)
-        value = loss(output, batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else batch)
+        value = loss(output, target_of(batch))
         if isinstance(value, Tensor) and value.numel() != 1:
             raise SurgeryError(f"loss gives a tensor of shape {tuple(value.shape)}, and has to give one number")
-        weight = next((len(tensor) for tensor in tensors_in(batch) if tensor.dim() > 0), 1)
+        weight = rows_of(batch)
         total, rows = total + float(value) * weight, rows + weight
     return total / _some(rows)
