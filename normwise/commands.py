@@ -1,4 +1,4 @@
-"""The words of the command line: `normwise tune`, `report`, `explain`, and those of `model_commands`."""
+"""The words of the command line: `normwise tune`, `report`, `explain`, those of `model_commands`, and `lessons`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from normwise import model_commands
 from normwise.console import plainly, shape_of
 from normwise.errors import StudyError
+from normwise.lessons import command as lessons
 from normwise.norm import Norm
 
 if TYPE_CHECKING:
@@ -40,37 +41,83 @@ def options(
     """The normalization and tuning toolkit for deep networks in PyTorch."""
 
 
+# Options of `tune`
+
+Norms = Annotated[str, typer.Option(help="Names, group:G, patterns; name=... gives a label.")]
+Margin = Annotated[float | None, typer.Option(help="The smallest difference that matters. [default: 0.5 points]")]
+Steps = Annotated[int | None, typer.Option(help="Steps of a trial. [default: 200; 40 or 100 on built-in data]")]
+Epochs = Annotated[
+    str | None, typer.Option(help="Passes through the data, instead of steps. Several: an axis, as 2,5.")
+]
+BatchSize = Annotated[
+    str | None, typer.Option(help="Examples of a step. Several: an axis, as 8,32,128. [default: 128]")
+]
+Optimizer = Annotated[str, typer.Option(help="sgd, momentum, adamw. Several: an axis.")]
+WeightDecay = Annotated[str | None, typer.Option(help="Several: an axis. [default: 0; 0.01 for adamw]")]
+Start = Annotated[
+    str | None,
+    typer.Option(help="Of the weights: default, he, orthogonal. Several: an axis. [default: the model's]"),
+]
+Placement = Annotated[
+    str | None,
+    typer.Option(help="Of the normalization, as the model names it. Several: an axis. [default: the model's]"),
+]
+Sampler = Annotated[str, typer.Option(help="grid: every combination, with edges; qmc, tpe: points drawn from them.")]
+Trials = Annotated[int | None, typer.Option(help="Points that qmc or tpe draws a normalization.")]
+Prune = Annotated[bool, typer.Option("--prune", help="Cut points short by successive halving within a normalization.")]
+Control = Annotated[
+    bool, typer.Option("--control", help="Repeat the rates with gamma, beta and the output layer frozen.")
+]
+Model = Annotated[str, typer.Argument(help="mlp, cnn, resnet, transformer, lstm, or module:factory.")]
+Data = Annotated[
+    str, typer.Option(help="digits, wine, breast_cancer, fashion, text, sequences, a folder, or module:function.")
+]
+Loop = Annotated[str | None, typer.Option(help="Your own training loop, module:function; it brings its data.")]
+Measures = Annotated[
+    bool, typer.Option("--measures/--no-measures", help="Look inside one more training of each normalization.")
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(help="accuracy, loss; with --train name:max, name:min. [default: accuracy; loss for other losses]"),
+]
+
+
 @app.command()
 def tune(
-    model: Annotated[str, typer.Argument(help="mlp, cnn, or module:factory.")] = "mlp",
-    data: Annotated[str, typer.Option(help="digits, wine, or module:function.")] = "digits",
-    train: Annotated[
-        str | None, typer.Option(help="Your own training loop, module:function; it brings its data.")
-    ] = None,
-    norms: Annotated[
-        str, typer.Option(help="Names, group:G, patterns; name=... gives a label.")
-    ] = "batch,layer,group,rms,none",
+    model: Model = "mlp",
+    data: Data = "digits",
+    train: Loop = None,
+    norms: Norms = "batch,layer,group,rms,none",
     lrs: Annotated[str, typer.Option(help="auto, or LOW:HIGH:COUNT.")] = "auto",
     seeds: Annotated[int, typer.Option(help="Seeds that select the learning rate.")] = 3,
     confirm: Annotated[int, typer.Option(help="Fresh seeds that confirm it.")] = 10,
-    steps: Annotated[int | None, typer.Option(help="Steps of a trial. [default: 200; 40 on built-in data]")] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 128,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
     loss: Annotated[str, typer.Option(help="cross_entropy, mse, or module:function.")] = "cross_entropy",
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            help="accuracy, loss; with --train name:max, name:min. [default: accuracy; loss for other losses]"
-        ),
-    ] = None,
-    optimizer: Annotated[str, typer.Option(help="sgd, momentum, or adamw.")] = "sgd",
+    metric: Metric = None,
+    optimizer: Optimizer = "sgd",
+    weight_decay: WeightDecay = None,
+    start: Start = None,
+    placement: Placement = None,
     schedule: Annotated[str, typer.Option(help="constant, or cosine.")] = "constant",
-    margin: Annotated[
-        float | None, typer.Option(help="The smallest difference that matters. [default: 0.5 points]")
-    ] = None,
+    margin: Margin = None,
+    sampler: Sampler = "grid",
+    trials: Trials = None,
+    prune: Prune = False,
+    control: Control = False,
     workers: Annotated[int | None, typer.Option(help="Worker processes; 0: none. [default: one a core]")] = None,
     storage: Annotated[str | None, typer.Option(help="Optuna storage URL. [default: study.db in the folder]")] = None,
+    study: Annotated[
+        str | None, typer.Option(help="The study's name in the storage. [default: the folder's name]")
+    ] = None,
+    worker: Annotated[
+        bool, typer.Option("--worker", help="Join the study, from any machine; it says what is run.")
+    ] = False,
+    wait: Annotated[float, typer.Option(help="Seconds that a worker waits for the study to begin.")] = 60.0,
     device: Annotated[str, typer.Option(help="Where to train, as torch names it.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Output folder. [default: runs/MODEL-DATA]")] = None,
+    measures: Measures = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study in the folder.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the study in the folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
@@ -80,41 +127,52 @@ def tune(
 ) -> None:
     """Find out which normalization and which learning rate a network wants."""
     with plainly():
-        from normwise.study import Place, carry_out, check_place
+        from normwise.study import carry_out, join
+        from normwise.tuning.joining import Asked
         from normwise.tuning.options import Options
         from normwise.tuning.output import to_json
-        from normwise.tuning.prepare import default_name, make_plan
+        from normwise.tuning.place import Place, check_place
+        from normwise.tuning.prepare import default_name
 
-        asked = Options(
-            norms, lrs, seeds, confirm, steps, batch_size, loss, metric, optimizer, schedule, margin, device
-        )
+        common = (norms, lrs, seeds, confirm, steps, batch_size, loss, metric, optimizer, schedule, margin, device)
+        axes = (start, placement, weight_decay, epochs)
+        options = Options(*common, *axes, sampler, trials, prune, control).plain()
+        asked = Asked(model, data, train, options)
+        if worker:
+            if dry_run or json:
+                raise StudyError(f"{'dry-run' if dry_run else 'json'} does nothing with worker")
+            finished, mine = join(asked, Place(workers, storage, out, resume, force, study), wait=wait)
+            typer.echo(f"the study {study!r} is complete: {mine} of its {len(finished.records)} trials were run here")
+            return
         folder = out or Path("runs", default_name(model, data, train))
-        place = Place(workers, storage, folder, resume, force, folder.name)
+        place = Place(workers, storage, folder, resume, force, study, folder.name, measures)
         if not dry_run:
             check_place(place)
-        plan = make_plan(model, data, train, asked)
+        plan = asked.plan()
         if dry_run:
             typer.echo(plan.text(place.count(device)))
             return
-        study = carry_out(plan, place)
-        typer.echo(to_json(study.summary) if json else _answer(study, folder), nl=not json)
+        finished = carry_out(asked, plan, place)
+        typer.echo(to_json(finished.summary) if json else _answer(finished, folder), nl=not json)
 
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="A study's output folder.")],
+    folder: Annotated[Path | None, typer.Argument(help="A study's output folder.")] = None,
+    storage: Annotated[str | None, typer.Option(help="The storage of a study, instead of a folder.")] = None,
+    study: Annotated[str | None, typer.Option(help="The study's name in the storage.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder for a study in a storage. [default: runs/STUDY]")
+    ] = None,
 ) -> None:
-    """Write the report of a finished study anew, from its summary.json."""
+    """Write the report of a finished study anew, from the summary.json in its folder or from its storage."""
     with plainly():
-        from normwise.report import render
-        from normwise.tuning.output import REPORT, read_summary, write
-        from normwise.tuning.summary import summary_from_dict
-
-        try:
-            summary = summary_from_dict(read_summary(folder))
-        except (KeyError, TypeError) as error:
-            raise StudyError(f"the summary in {folder} is of another version of normwise: {error}") from error
-        typer.echo(write(folder, REPORT, render(summary)))
+        if folder is not None and storage is None and study is None and out is None:
+            typer.echo(_redrawn(folder))
+        elif folder is None and storage is not None and study is not None:
+            typer.echo(_gathered(storage, study, out or Path("runs", study)))
+        else:
+            raise StudyError("a report is made of a folder, or with --storage, --study and perhaps --out")
 
 
 @app.command()
@@ -131,6 +189,27 @@ def explain(
 
 
 app.add_typer(model_commands.app)
+app.add_typer(lessons.app)
+
+
+def _redrawn(folder: Path) -> Path:
+    from normwise.report import render
+    from normwise.tuning.output import REPORT, read_summary, write
+    from normwise.tuning.summary import summary_from_dict
+
+    try:
+        summary = summary_from_dict(read_summary(folder))
+    except (KeyError, TypeError) as error:
+        raise StudyError(f"the summary in {folder} is of another version of normwise: {error}") from error
+    return write(folder, REPORT, render(summary))
+
+
+def _gathered(storage: str, study: str, out: Path) -> Path:
+    from normwise.study import gather
+    from normwise.tuning.output import REPORT
+
+    gather(storage, study, out)
+    return out / REPORT
 
 
 def _size(text: str) -> tuple[str, int]:

@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import html
-import shlex
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from normwise import report as page
 from normwise.errors import StudyError
-from normwise.tuning import output, storage
+from normwise.tuning import output
 from normwise.tuning.data import Source
+from normwise.tuning.joining import (
+    BACKGROUND,
+    MEASURES,
+    WAIT_SECONDS,
+    Asked,
+    Background,
+    await_study,
+    background_in,
+    check_same,
+    joined,
+    measures_in,
+)
+from normwise.tuning.measures import measure, with_measures
 from normwise.tuning.models import Factory
-from normwise.tuning.options import AUTO, DEFAULT_NORMS, Options, Rates
+from normwise.tuning.options import AUTO, DEFAULT_NORMS, Names, Numbers, Options, Rates, Wholes
+from normwise.tuning.place import Place, check_place, check_worker
 from normwise.tuning.preflight import measure_steps
-from normwise.tuning.prepare import DEFAULT_DATA, DEFAULT_MODEL, Plan, default_name, make_plan
+from normwise.tuning.prepare import DEFAULT_DATA, DEFAULT_MODEL, Plan, default_name
 from normwise.tuning.progress import Progress, watch
 from normwise.tuning.records import Record, Settings, Summary, Verdict
-from normwise.tuning.reproduce import reproduction
-from normwise.tuning.search import expected_trials, next_requests
+from normwise.tuning.running import StudyInterrupted, background_here, open_store, ordered, run_all, run_shared, told
+from normwise.tuning.search import best_choices, expected_trials, next_requests
+from normwise.tuning.storage import Store
 from normwise.tuning.summary import rows, summarize
 from normwise.tuning.training import Loss
 from normwise.tuning.trial import OwnLoop
-from normwise.tuning.workers import Pool, Serial, default_workers, pack
-
-_PHASES = ("select", "confirm", "horizon")
 
 
 @dataclass(frozen=True)
@@ -76,38 +87,6 @@ class Study:
         return "\n".join([*lines, "</table>"])
 
 
-class StudyInterrupted(KeyboardInterrupt):
-    """Ctrl-C: the study has ended early, and its finished trials are kept. The message says how to go on."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """How and where a study runs, which its outcome does not depend on."""
-
-    workers: int | None = None  # None: one a core; 0: no worker process
-    storage: str | None = None
-    out: Path | None = None
-    resume: bool = False
-    force: bool = False
-    name: str = "study"
-
-    @property
-    def url(self) -> str | None:
-        """The address of Optuna's storage; None: in memory."""
-        if self.storage is not None or self.out is None:
-            return self.storage
-        return f"sqlite:///{(self.out / output.STUDY).absolute()}"
-
-    def count(self, device: str) -> int:
-        """The number of worker processes."""
-        return default_workers(device) if self.workers is None else self.workers
-
-    @property
-    def study_name(self) -> str:
-        """The study's name in the storage."""
-        return "normwise" if self.storage is None else self.name
-
-
 def tune(
     model: str | Factory = DEFAULT_MODEL,
     data: Source = DEFAULT_DATA,
@@ -118,16 +97,28 @@ def tune(
     seeds: int = 3,
     confirm: int = 10,
     steps: int | None = None,
-    batch_size: int = 128,
+    batch_size: Wholes | None = None,
     loss: str | Loss = "cross_entropy",
     metric: str | None = None,
-    optimizer: str = "sgd",
+    optimizer: Names = "sgd",
     schedule: str = "constant",
     margin: float | None = None,
     device: str = "cpu",
+    start: Names | None = None,
+    placement: Names | None = None,
+    weight_decay: Numbers | None = None,
+    epochs: Wholes | None = None,
+    sampler: str = "grid",
+    trials: int | None = None,
+    prune: bool = False,
+    control: bool = False,
     workers: int | None = None,
     storage: str | None = None,
+    study: str | None = None,
+    worker: bool = False,
+    wait: float = WAIT_SECONDS,
     out: str | Path | None = None,
+    measures: bool = True,
     resume: bool = False,
     force: bool = False,
     progress: bool = True,
@@ -135,7 +126,9 @@ def tune(
     """Find out which normalization and which learning rate a network wants.
 
     Each normalization is given its own best learning rate on the selection seeds; then all are compared on fresh seeds
-    and test data, with simultaneous intervals and a margin.
+    and test data, with simultaneous intervals and a margin. `batch_size`, `optimizer`, `start`, `placement`,
+    `weight_decay` and `epochs` take several values as well: each normalization is then judged at its own best
+    combination of them.
 
     Args:
         model: "mlp", "cnn", `module:factory`, or a factory. One with an argument `norm` makes its layers as
@@ -149,17 +142,32 @@ def tune(
         lrs: "auto" for a grid that widens by itself, "LOW:HIGH:COUNT", or the rates.
         seeds: Seeds that select the learning rate.
         confirm: Fresh seeds that confirm it.
-        steps: Steps of a trial; 200 if not given, 40 on built-in data, and whatever a loop of your own decides.
-        batch_size: Examples of a step.
+        steps: Steps of a trial; 200 if not given, 40 or 100 on built-in data, whatever a loop of your own decides.
+        batch_size: Examples of a step; 128 if not given.
         loss: "cross_entropy", "mse", `module:function`, or a function of outputs and targets.
         metric: "accuracy" or "loss"; with `train`, "name:max" or "name:min" (default: accuracy in percent).
         optimizer: "sgd", "momentum" (0.9) or "adamw"; with `train`, only the range of rates depends on it.
         schedule: "constant" or "cosine".
         margin: The smallest difference that matters, in the metric's unit; 0.5 points for accuracy.
         device: Where to train, as torch names it.
+        start: Of the weights: "default" (torch's own), "he" or "orthogonal"; as the factory makes them if not given.
+        placement: Of the normalization, as the model's factory names it; its own default if not given.
+        weight_decay: The optimizer's; 0 for "sgd" and "momentum" and 0.01 for "adamw" if not given.
+        epochs: Passes through the training data, instead of steps.
+        sampler: "grid" runs every combination and shows the edges; "qmc" and "tpe" draw `trials` points.
+        trials: Points that the sampler draws for each normalization; each runs on all selection seeds.
+        prune: Cut the worse points short, by successive halving within a normalization.
+        control: Run the learning rates once more with gamma, beta and the output layer frozen.
         workers: Worker processes; None is one a core, 0 runs the trials in this process.
-        storage: Any Optuna storage URL; by default `study.db` in `out`, or memory.
+        storage: Any Optuna storage URL, which workers on other machines can join; by default `study.db` in `out`, or
+            memory.
+        study: The study's name in the storage; by default that of the folder.
+        worker: Join the study of that name, and run trials of it until it is complete. The study says what is run;
+            model, data, train and loss are to be given only where it was begun with ones that have no name in a shell.
+        wait: How many seconds a worker waits for a study that has not begun.
         out: Folder for study.db, trials.csv, summary.json and report.html.
+        measures: Look into one more training of each normalization at its best rate, and ask the doctor about the
+            winner; of built-in training only.
         resume: Go on with the study that is there; finished trials are not repeated.
         force: Replace the study that is there.
         progress: Show progress on standard error.
@@ -173,149 +181,129 @@ def tune(
     >>> study.verdict.winner
     'batch'
     """
-    options = Options(norms, lrs, seeds, confirm, steps, batch_size, loss, metric, optimizer, schedule, margin, device)
+    options = Options(
+        norms=norms,
+        lrs=lrs,
+        seeds=seeds,
+        confirm=confirm,
+        steps=steps,
+        batch_size=batch_size,
+        loss=loss,
+        metric=metric,
+        optimizer=optimizer,
+        schedule=schedule,
+        margin=margin,
+        device=device,
+        start=start,
+        placement=placement,
+        weight_decay=weight_decay,
+        epochs=epochs,
+        sampler=sampler,
+        trials=trials,
+        prune=prune,
+        control=control,
+    ).plain()
+    asked = Asked(model, data, train, options)
     folder = None if out is None else Path(out)
     name = default_name(model, data, train) if folder is None else folder.name
-    place = Place(workers, storage, folder, resume, force, name)
+    place = Place(workers, storage, folder, resume, force, study, name, measures)
+    if worker:
+        return join(asked, place, wait=wait, progress=progress)[0]
     check_place(place)
-    return carry_out(make_plan(model, data, train, options), place, progress=progress)
+    return carry_out(asked, asked.plan(), place, progress=progress)
 
 
-def check_place(place: Place) -> None:
-    """Refuse what cannot be written to before anything is computed. Raises StudyError."""
-    if place.workers is not None and place.workers < 0:
-        raise StudyError(f"workers={place.workers}: must be 0 (this process) or more")
-    if place.resume and place.force:
-        raise StudyError("resume goes on with a study, force replaces it: choose one")
-    if place.resume and place.url is None:
-        raise StudyError("there is nothing to resume: give the out folder or the storage of the study")
-    if place.out is None:
-        return
-    output.check(place.out, resume=place.resume, force=place.force)
-    if place.resume and place.storage is None and not (place.out / output.STUDY).is_file():
-        raise StudyError(f"{place.out} has no study to resume: leave --resume out to start one")
-
-
-def carry_out(plan: Plan, place: Place, *, progress: bool = True) -> Study:
+def carry_out(asked: Asked, plan: Plan, place: Place, *, progress: bool = True) -> Study:
     """Run a plan to its end, and write its files where `place` says.
 
     Raises StudyError when a trial cannot be run, and StudyInterrupted on Ctrl-C; finished trials are kept.
     """
     view = watch(plan.settings, shown=progress)
     with output.Folder(place.out, resume=place.resume, force=place.force) as folder:
-        store = _store(plan, place)
-        with _told(plan, place, store):
-            records = _run(plan, place, store, folder, view)
+        store = open_store(asked, plan, place)
+        with told(plan, place, store):
+            records = run_all(plan, place, store, folder, view)
             view.say("measuring the time of a step")
-            times = measure_steps(plan.problem, plan.checks)
-            summary = _summary(plan, place, store, records, times)
-            study = Study(plan.settings, tuple(records), summary, place.out)
+            best = {label: choice.variant for label, choice in best_choices(plan.settings, records).items()}
+            background = background_here(plan, place, measure_steps(plan.problem, plan.checks, best))
+            store.note(BACKGROUND, background.to_dict())
+            study = _study(store, background, records, place.out)
+            if place.measures:
+                study = _looked_into(study, plan, store, view)
             _write(study)
     return study
 
 
-def _store(plan: Plan, place: Place) -> storage.Store:
-    if not place.resume or place.url is None:
-        return storage.create(place.url, place.study_name, plan.settings, plan.facts, replace=place.force)
-    if place.storage is None and not storage.begun(place.url, place.study_name):  # killed in its first moments
-        return storage.create(place.url, place.study_name, plan.settings, plan.facts, replace=True)
-    store = storage.open_study(place.url, place.study_name)
-    different = plan.settings.differences(store.settings)
-    if different:
-        pairs = ", ".join(f"{name} ({mine!r}, was {theirs!r})" for name, (mine, theirs) in different.items())
-        raise StudyError(f"the study was started with other settings: {pairs}; resume with those, or start anew")
-    for fact in ("data fingerprint", "model"):
-        if plan.facts.get(fact) != store.facts.get(fact):
-            raise StudyError(
-                f"the study was started with another {fact}: {plan.facts.get(fact)}, was {store.facts.get(fact)}"
-            )
-    return store
+def join(given: Asked, place: Place, *, wait: float = WAIT_SECONDS, progress: bool = True) -> tuple[Study, int]:
+    """Work on a study that was begun elsewhere until it is complete: the study, and how many trials were run here.
 
-
-def _run(plan: Plan, place: Place, store: storage.Store, folder: output.Folder, view: Progress) -> list[Record]:
-    """Every trial that the search asks for, those of an earlier run included."""
-    records = store.records()
-    view.start(max(expected_trials(plan.settings), len(records)), records)
-    started = time.monotonic()
+    Raises StudyError when there is no such study or this machine would run another one, and StudyInterrupted on
+    Ctrl-C; the trials that were running are given back.
+    """
+    check_worker(place)
+    url, name = str(place.storage), place.study_name
+    store = await_study(url, name, wait, _say if progress else _keep_quiet)
+    view = watch(store.settings, shown=progress)
+    plan = joined(given, store).plan()
+    check_same(plan, store, "a worker runs what the study says")
+    _compare_versions(background_in(store), background_here(plan, place), view)
     try:
-        with _runner(plan, place, view) as runner:
-            while requests := next_requests(plan.settings, records, chance=plan.problem.chance):
-                for record in runner.run(requests):
-                    store.add(record)
-                    folder.keep()
-                    records.append(record)
-                    view.finished(record)
+        mine = run_shared(plan, place, store, view)
+    except KeyboardInterrupt:
+        raise StudyInterrupted(f"interrupted; what was running is given back to the study {name!r}") from None
     finally:
         view.stop()
-        store.spend(time.monotonic() - started)
-    return sorted(records, key=lambda record: _order(plan.settings, record))
+    return gather(url, name), mine
 
 
-def _runner(plan: Plan, place: Place, view: Progress) -> Serial | Pool:
-    workers = place.count(plan.settings.device)
-    packed = pack(plan.problem) if workers else None
-    if workers and packed is None:
-        view.say("part of the study cannot be sent to worker processes; the trials run in this one")
-    return Serial(plan.problem) if packed is None else Pool(packed, workers)
+def gather(url: str, name: str, out: Path | None = None) -> Study:
+    """A finished study from its storage alone, with its files in `out` if that is given.
+
+    Raises StudyError when there is no such study, or it is not finished; the message says how far it is.
+
+    >>> gather("sqlite:///:memory:", "mine")
+    Traceback (most recent call last):
+    ...
+    normwise.errors.StudyError: the storage sqlite:///:memory: has no study named 'mine'; there is none at all
+    """
+    store = await_study(url, name, 0.0, _keep_quiet)
+    background, records = background_in(store), ordered(store.settings, store.records())
+    missing = len(next_requests(store.settings, records, chance=background.chance))
+    if missing:
+        raise StudyError(
+            f"the study {name!r} is not finished: {len(records)} of about {expected_trials(store.settings)} trials are "
+            f"done, and the next {missing} are to be run; a worker can join it with normwise tune --worker"
+        )
+    study = _study(store, background, records, out)
+    if out is not None:
+        _check_other(study, out)
+        with output.Folder(out, resume=True, force=False):
+            _write(study)
+    return study
 
 
-def _order(settings: Settings, record: Record) -> tuple[int, int, float, int]:
-    request, labels = record.request, [label for label, _ in settings.norms]
-    return _PHASES.index(request.phase), labels.index(request.norm), request.lr, request.seed
-
-
-@contextmanager
-def _told(plan: Plan, place: Place, store: storage.Store) -> Iterator[None]:
-    """Say in the error what is kept and how to go on; a new study without a finished trial is not kept."""
-    try:
-        yield
-    except (KeyboardInterrupt, StudyError) as error:
-        message = _kept(plan, place, store)
-        if isinstance(error, KeyboardInterrupt):
-            raise StudyInterrupted(f"interrupted; {message}") from None
-        raise StudyError(f"{error}; {message}") from error
-
-
-def _kept(plan: Plan, place: Place, store: storage.Store) -> str:
-    count = len(store.records())
-    if count == 0 and not place.resume:
-        store.discard()
-        return "no trial had finished, nothing is kept"
-    if place.url is None:
-        return "nothing is kept without an out folder or a storage"
-    where = f" in {place.out}" if place.out else ""
-    return f"{count} finished trials are kept{where}; go on with {_resume(plan, place)}"
-
-
-def _resume(plan: Plan, place: Place) -> str:
-    if plan.command.startswith("nw.tune("):
-        return "resume=True"
-    return " ".join([_full_command(plan, place), "--resume"])
-
-
-def _full_command(plan: Plan, place: Place) -> str:
-    """The command with its folder and storage; a password is not repeated."""
-    if plan.command.startswith("nw.tune("):
-        return plan.command
-    words = ["--storage", storage.shown(place.storage)] if place.storage else []
-    words += ["--out", str(place.out)] if place.out else []
-    return " ".join([plan.command, shlex.join(words)]).strip()
-
-
-def _summary(
-    plan: Plan, place: Place, store: storage.Store, records: list[Record], times: dict[str, float | None]
-) -> Summary:
-    return summarize(
-        plan.settings,
+def _study(store: Store, background: Background, records: list[Record], out: Path | None) -> Study:
+    summary = summarize(
+        store.settings,
         records,
-        chance=plan.problem.chance,
-        facts=plan.facts,
-        described={label: check.described for label, check in plan.checks.items()},
-        parameters={label: check.parameters for label, check in plan.checks.items()},
-        ms_per_step=times,
-        reproduce=reproduction(plan.settings, _full_command(plan, place), place.count(plan.settings.device)),
+        chance=background.chance,
+        facts=store.facts,
+        described=background.described,
+        parameters=background.parameters,
+        ms_per_step=background.ms_per_step,
+        reproduce=background.reproduce,
         seconds=store.seconds(),
     )
+    return Study(store.settings, tuple(records), with_measures(summary, measures_in(store) or {}), out)
+
+
+def _looked_into(study: Study, plan: Plan, store: Store, view: Progress) -> Study:
+    """The study with the measures of its best trainings; those of a study that is complete are not taken again."""
+    if measures_in(store) is not None:
+        return study
+    found = measure(plan.problem, study.summary, view)
+    store.note(MEASURES, {label: asdict(one) for label, one in found.items()})
+    return replace(study, summary=with_measures(study.summary, found))
 
 
 def _write(study: Study) -> None:
@@ -323,6 +311,33 @@ def _write(study: Study) -> None:
         output.write(study.out, output.TRIALS, output.to_csv(study.records))
         output.write(study.out, output.SUMMARY, output.to_json(study.summary))
         output.write(study.out, output.REPORT, page.render(study.summary))
+
+
+def _check_other(study: Study, out: Path) -> None:
+    output.check(out, resume=True, force=False)
+    if (out / output.SUMMARY).is_file() and _settings_in(out) != study.settings:
+        raise StudyError(f"{out} holds the report of another study: --out names another folder")
+
+
+def _settings_in(out: Path) -> Settings | None:
+    try:
+        return Settings.from_dict(output.read_summary(out)["settings"])
+    except (KeyError, TypeError):
+        return None
+
+
+def _compare_versions(there: Background, here: Background, view: Progress) -> None:
+    mine, theirs = here.reproduce["versions"], there.reproduce["versions"]
+    if mine != theirs:
+        view.say(f"note: versions differ, and so may numbers: here {mine}; where the study was begun {theirs}")
+
+
+def _say(message: str) -> None:
+    Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def _keep_quiet(message: str) -> None:
+    pass
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> str:

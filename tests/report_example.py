@@ -8,22 +8,55 @@ from dataclasses import dataclass, replace
 from statistics import geometric_mean, mean, median, stdev
 
 from normwise.tuning.records import (
+    ActivationPoint,
     Comparison,
     Edge,
+    Found,
+    GapPoint,
     Horizon,
+    Measures,
     NormSummary,
     Outcome,
     Phase,
     Record,
     Request,
     Settings,
+    SharpnessPoint,
+    SmoothnessPoint,
     Summary,
+    Variant,
+    VariantSummary,
     Verdict,
 )
 
 CHANCE = math.log(10)
 STEPS = 200
 RATES = tuple(2.0**power for power in range(-9, 5))
+LOOKS = tuple(range(0, STEPS, 34))  # the steps at which a training is looked into
+BATCHES = (8, 32, 128)
+AXES = (("batch_size", BATCHES), ("optimizer", ("sgd", "momentum")))
+FINDINGS = (
+    Found(
+        kind="too-few-samples",
+        what="Statistics of 8 samples are noisy.",
+        where=("block.1.norm", "block.2.norm"),
+        measured="samples a statistic: 8",
+        expected="at least 16",
+        fix="nw.swap(model, nw.BatchNorm, lambda old: nw.GroupNorm(8, old.num_features))\n"
+        "nw.recalibrate(model, batches)",
+        confidence="likely",
+    ),
+    Found(
+        kind="decay-on-norm",
+        what="Weight decay pulls gamma towards zero.",
+        where=("block.1.norm",),
+        measured="weight decay of normalization parameters: 0.01",
+        expected="0",
+        fix="optimizer = torch.optim.SGD(nw.param_groups(model, weight_decay=0.01), lr=0.5)",
+        confidence="certain",
+    ),
+)
+_FACTORS = (("0.9", 1.9), ("0.5", 1.0), ("0.25", 0.8))  # of the edge at half of chance, by share of chance
 _T_95 = 2.262  # Student's t, 9 degrees of freedom
 
 
@@ -141,6 +174,100 @@ def nothing_trained() -> Summary:
     return replace(full, norms=norms, verdict=verdict, horizon=None, chance=None, facts={}, reproduce={}, warnings=())
 
 
+def measured() -> Summary:
+    """The example with everything that a study can hold: measures, two axes, the control, findings."""
+    full = example()
+    norms = tuple(_measured(norm, network) for norm, network in zip(full.norms, NETWORKS, strict=True))
+    settings = replace(full.settings, axes=AXES, batch_size=8, control=True)
+    return replace(full, settings=settings, norms=norms)
+
+
+def healthy() -> Summary:
+    """A study as it comes by default: measured, nothing varied, no control, and a clean bill."""
+    full = measured()
+    norms = tuple(
+        replace(norm, variant=(), variants=(), control=None, control_diverge=None, measures=_clean(norm.measures))
+        for norm in full.norms
+    )
+    return replace(full, settings=replace(full.settings, axes=(), batch_size=128, control=False), norms=norms)
+
+
+def sampled() -> Summary:
+    """Rates drawn by a sampler, which have no edges and no grid."""
+    full = example()
+    nowhere = Edge(None, None, None, seeds=0)
+    norms = tuple(
+        replace(norm, lr_train={}, lr_diverge=nowhere, margin_octaves=None, sensitivity=None) for norm in full.norms
+    )
+    return replace(full, settings=replace(full.settings, sampler="tpe", trials=14), norms=norms)
+
+
+def _clean(measures: Measures | None) -> Measures | None:
+    return replace(measures, findings=() if measures.findings else None) if measures else None
+
+
+def _measured(norm: NormSummary, network: Network) -> NormSummary:
+    variants = tuple(_variant(network, batch, optimizer) for batch in BATCHES for optimizer in dict(AXES)["optimizer"])
+    left = 0.3 if network.label == "batch" else 0.9
+    return replace(
+        norm,
+        variant=_combination(128, "sgd"),
+        variants=variants,
+        control={share: _edge(network.edge * left * factor) for share, factor in _FACTORS},
+        control_diverge=_edge(network.edge * left * 3.0),
+        measures=_measures(norm, network),
+    )
+
+
+def _combination(batch: int, optimizer: str) -> Variant:
+    return (("batch_size", batch), ("optimizer", optimizer))
+
+
+def _variant(network: Network, batch: int, optimizer: object) -> VariantSummary:
+    """Small batches hurt what takes its statistics from them; without normalization, momentum at 8 trains nowhere."""
+    hurt = 12.0 if network.label == "batch" else 1.2
+    score = network.score - hurt * math.log(128 / batch) / math.log(16) - (0.4 if optimizer == "momentum" else 0.0)
+    lost = network.label == "none" and batch == 8
+    rate = network.best * math.sqrt(batch / 128)
+    edge = Edge(None, None, None, seeds=3) if lost else _edge(network.edge * math.sqrt(batch / 128))
+    return VariantSummary(_combination(batch, str(optimizer)), None if lost else rate, None if lost else score, edge)
+
+
+def _measures(norm: NormSummary, network: Network) -> Measures:
+    """Loss ranges, curvatures and growths of the size that such networks have."""
+    batch = network.label == "batch"
+    rough = 0.17 if batch else 2.0 / network.width
+    return Measures(
+        seed=1000,
+        smoothness=tuple(_smoothness(network, rough, step) for step in LOOKS),
+        sharpness=tuple(_sharpness(network, step) for step in LOOKS),
+        activations=tuple(_activation(network, layer) for layer in range(6 if network.label == "none" else 12)),
+        gap=GapPoint(0.34, 0.21, 0.24) if batch else None,
+        saved_bytes=round(1_310_720 * (1.0 if network.label == "none" else 1.6) * (1 + 0.02 * network.ms)),
+        findings=FINDINGS if batch else None,
+    )
+
+
+def _smoothness(network: Network, rough: float, step: int) -> SmoothnessPoint:
+    loss = network.loss + (2.41 - network.loss) * math.exp(-step / 30)
+    fade = 0.4 + 0.6 * math.exp(-step / 60)
+    high = None if network.label == "none" and step == 0 else loss + rough * fade
+    beta = (10.7 if network.label == "batch" else 14.0 + 2 * network.noise) * fade
+    weight = 24.0 + (network.weight - 24.0) * step / STEPS
+    return SmoothnessPoint(step, loss - 0.3 * rough * fade, high, 6.0 * rough * fade, beta, weight)
+
+
+def _sharpness(network: Network, step: int) -> SharpnessPoint:
+    threshold = 2 / network.best
+    largest = threshold * (1.05 - 0.9 * math.exp(-step / 50) / (0.5 + network.width / 2))
+    return SharpnessPoint(step, largest, -0.1 * threshold, 0.4 * largest, threshold)
+
+
+def _activation(network: Network, layer: int) -> ActivationPoint:
+    growth = 1.35 if network.label == "none" else 1.02
+    return ActivationPoint(f"body.{layer}", 0.9 * growth**layer, 1.1 * growth ** (1.3 * layer))
+
+
 def one() -> Summary:
     """A single normalization."""
     return study(NETWORKS[:1])
@@ -179,11 +306,7 @@ def _norm(network: Network, chance: random.Random) -> NormSummary:
         declaration=network.declaration,
         described=network.described,
         lr_best=network.best,
-        lr_train={
-            "0.9": _edge(network.edge * 1.9),
-            "0.5": _edge(network.edge),
-            "0.25": _edge(network.edge * 0.8),
-        },
+        lr_train={share: _edge(network.edge * factor) for share, factor in _FACTORS},
         lr_diverge=_edge(network.diverges)
         if network.diverges
         else Edge(RATES[-1], RATES[-1], RATES[-1], 3, censored=3),

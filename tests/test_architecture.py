@@ -15,7 +15,7 @@ RANKS = {
     "errors": 0,
     "transforms": 0,
     "whereabouts": 0,
-    "batches": 0,
+    "batches": 1,
     "record": 0,
     "pattern": 1,
     "sums": 1,
@@ -50,17 +50,19 @@ RANKS = {
     "recurrent_cells": 11,
     "recurrent": 12,
     "surgery": 13,
-    "tuning": 14,
-    "recipes": 14,
-    "report": 15,
-    "sources": 15,
-    "study": 16,
-    "model_commands": 16,
-    "commands": 17,
-    "cli": 18,
-    "__init__": 19,
+    "diagnose": 14,
+    "tuning": 15,
+    "recipes": 15,
+    "report": 16,
+    "sources": 16,
+    "study": 17,
+    "model_commands": 17,
+    "lessons": 17,
+    "commands": 18,
+    "cli": 19,
+    "__init__": 20,
 }
-PACKAGES = ("surgery", "tuning", "report")  # one rank for all of their files
+PACKAGES = ("surgery", "diagnose", "tuning", "report", "lessons")  # one rank for all of their files
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 70
 

@@ -31,6 +31,7 @@ VARIANTS = {
     "own-loop": report_example.own_loop,
     "nothing-trained": report_example.nothing_trained,
     "markup": lambda: report_example.relabelled("<b>mine</b>"),
+    "measured": report_example.measured,
 }
 
 pytestmark = [
@@ -87,7 +88,8 @@ def test_every_plot_draws_and_nothing_is_requested_or_complained_of(
 ) -> None:
     page, seen = visit(browser, reports[variant])
     drawn = page.eval_on_selector_all(
-        ".plot", "plots => plots.map(p => p.querySelectorAll('svg .point, svg .js-line, svg .bars path').length)"
+        ".plot",
+        "plots => plots.map(p => p.querySelectorAll('svg .point, svg .js-line, svg .bars path, svg .hm image').length)",
     )
     page.context.close()
     assert drawn
@@ -164,6 +166,42 @@ def test_a_table_can_be_read_without_a_mouse(browser: Any, reports: dict[str, Pa
     text = page.locator("#rates ~ details table").inner_text()
     page.context.close()
     assert "3 diverged" in text
+
+
+def test_code_is_copied_by_keyboard(browser: Any, reports: dict[str, Path]) -> None:
+    page, seen = visit(browser, reports["measured"], permissions=["clipboard-read", "clipboard-write"])
+    page.locator("#inside ~ .findings .copy").first.focus()
+    page.keyboard.press("Enter")
+    until(page, "document.querySelector('#inside ~ .findings .copy').textContent === 'Copied'")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    page.context.close()
+    assert copied == report_example.FINDINGS[0].fix
+    assert seen.messages == []
+
+
+def test_the_map_has_the_colours_of_the_page(browser: Any, reports: dict[str, Path]) -> None:
+    page, seen = visit(browser, reports["measured"])
+    scale = "document.querySelector('#map')._fullLayout.coloraxis.colorscale.map(stop => stop[1])"
+    light = page.evaluate(scale)
+    page.emulate_media(color_scheme="dark")
+    until(page, f"{scale}[1] !== '{light[1]}'")
+    dark = page.evaluate(scale)
+    letters = set(page.eval_on_selector_all("#map .textpoint", "all => all.map(text => text.textContent)"))
+    page.context.close()
+    assert light == ["#eef2f0", "#0a5a8a"]
+    assert dark == ["#232a30", "#8fd0f7"]
+    assert letters == {"D", "S", "★"}
+    assert seen.messages == []
+
+
+def test_a_click_in_the_legend_hides_a_normalization_in_every_panel(browser: Any, reports: dict[str, Path]) -> None:
+    page, _ = visit(browser, reports["measured"])
+    shown = "document.querySelector('#gradient')._fullData.filter(t => t.legendgroup === 'none' && t.visible === true)"
+    before = page.evaluate(f"{shown}.length")
+    page.locator("#gradient .legendtoggle").last.click()
+    until(page, f"{shown}.length === 0")
+    page.context.close()
+    assert before == 5  # the entry, the bars and three lines
 
 
 def test_print_is_light_and_fits_the_page(browser: Any, reports: dict[str, Path]) -> None:

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from normwise.tuning.outcomes import best_rate, diverge_edge, sensitivity, train_edges, trains
+from normwise.tuning.outcomes import best_rate, diverge_edge, sensitivity, standing, train_edges, trains
 from normwise.tuning.records import Edge, Record, Request
 
 CHANCE = 2.0
@@ -151,3 +151,21 @@ def test_without_losses_there_is_no_sensitivity():
     silent = replace(trial(1.0, first=None), tail_loss=None, val_loss=None)
     assert sensitivity(by_rate([silent]), (1.0,)) is None
     assert sensitivity({}, (1.0,)) is None
+
+
+# -------------------------------------------------------------------------------------------------------- standing
+
+
+def test_of_two_grids_the_one_with_fewer_failures_stands_higher_then_the_better_score():
+    good = by_rate([trial(1.0, 0, 90.0), trial(1.0, 1, 90.0)])
+    failing = by_rate([trial(1.0, 0, 99.0), diverged(1.0, 1)])
+    better = by_rate([trial(1.0, 0, 91.0), trial(1.0, 1, 91.0)])
+    assert standing(better, "max")[:-1] > standing(good, "max")[:-1] > standing(failing, "max")[:-1]
+    assert standing(good, "min")[:-1] > standing(better, "min")[:-1]
+    assert standing(good, "max") == (2, 90.0, -0.1, 1.0)
+    assert standing(by_rate([diverged(1.0)]), "max") is None
+
+
+def test_equal_scores_are_told_apart_by_their_loss():
+    low, high = (by_rate([trial(1.0, 0, 90.0, loss=loss)]) for loss in (0.1, 0.2))
+    assert standing(low, "max")[:-1] > standing(high, "max")[:-1]

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,10 +18,26 @@ import report_example
 from plotly.offline import get_plotlyjs
 
 from normwise.errors import MissingExtraError, StudyError
-from normwise.report import confirmation, curves, rates, render, stability, tables, words, write
+from normwise.report import (
+    axes,
+    confirmation,
+    cost,
+    curvature,
+    curves,
+    gradient,
+    heat,
+    layers,
+    rates,
+    render,
+    stability,
+    tables,
+    words,
+    write,
+)
 from normwise.report import page as page_module
 from normwise.report.figures import Figure, plain
 from normwise.tuning.records import Edge, Summary
+from normwise.tuning.summary import summary_from_dict
 
 VARIANTS = {
     "five": report_example.example,
@@ -29,6 +46,9 @@ VARIANTS = {
     "own loop": report_example.own_loop,
     "nothing trained": report_example.nothing_trained,
     "markup": lambda: report_example.relabelled("<img src=x onerror=alert(1)>"),
+    "measured": report_example.measured,
+    "healthy": report_example.healthy,
+    "sampled": report_example.sampled,
 }
 SECTIONS = [
     "The answer",
@@ -37,6 +57,8 @@ SECTIONS = [
     "Confirmation on fresh seeds",
     "Training at the best learning rates",
     "Stability",
+    "Inside the training",
+    "Cost against quality",
     "What was fixed",
     "How to reproduce it",
 ]
@@ -95,12 +117,15 @@ def cells(page: str, heading: str) -> list[str]:
 
 
 def figures(summary: Summary) -> list[Figure | None]:
+    """Every figure in the order of the page."""
     confirmed = [confirmation.scores(summary), confirmation.pairs(summary)]
-    return [rates.figure(summary), *confirmed, curves.losses(summary), *stable(summary), curves.weights(summary)]
-
-
-def stable(summary: Summary) -> list[Figure | None]:
-    return [stability.edges(summary), stability.sensitivity(summary)]
+    stable = [stability.edges(summary), stability.sensitivity(summary), curves.weights(summary)]
+    inside = [gradient.along_gradient(summary), curvature.sharpness(summary), layers.activations(summary)]
+    return [
+        *(rates.figure(summary), heat.figure(summary)),
+        *(*confirmed, curves.losses(summary), *stable),
+        *(*inside, layers.gap(summary), cost.figure(summary), *axes.figures(summary)),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +137,9 @@ def page() -> str:
 def test_every_state_gives_one_complete_page(variant: str) -> None:
     page = own(render(VARIANTS[variant]()))
     parsed = Page(page)
+    varied = ["By batch size and optimizer"] if variant == "measured" else []
     assert parsed.open == []
-    assert [text.strip() for text in parsed.texts["h2"]] == SECTIONS
+    assert [text.strip() for text in parsed.texts["h2"]] == [*SECTIONS[:-2], *varied, *SECTIONS[-2:]]
     assert not re.search(r"\b(None|nan|NaN|inf|Infinity|Undefined)\b", visible(render(VARIANTS[variant]())))
     identities = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
     assert len(identities) == len(set(identities))
@@ -217,22 +243,26 @@ def test_labels_are_text_everywhere(label: str) -> None:
     assert described["hovertext"][0].startswith(f"{plain(label)}<br>learning rate 0.00195, seed 0<br>validation loss ")
 
 
-def test_each_figure_has_a_finding_and_its_data_as_a_table(page: str) -> None:
+@pytest.mark.parametrize(("variant", "count"), [("five", 9), ("measured", 15), ("healthy", 13), ("sampled", 6)])
+def test_each_figure_has_a_finding_and_its_data_as_a_table(variant: str, count: int) -> None:
+    page = render(VARIANTS[variant]())
     elements = Page(own(page)).elements
     plots = [attributes for _, attributes in elements if attributes.get("class") == "plot"]
     assert [plot["id"] for plot in plots] == [drawing["name"] for drawing in drawings(page)]
-    for plot, figure in zip(plots, figures(report_example.example()), strict=True):
-        assert figure
+    drawn = [figure for figure in figures(VARIANTS[variant]()) if figure]
+    for plot, figure in zip(plots, drawn, strict=True):
         assert plot["role"] == "img"
         assert plot["aria-label"] == f"{figure.title}. {figure.finding}"
-        assert len(figure.table.rows) >= 5
+        assert len(figure.table.rows) >= (1 if figure.name == "gap" else 5)
         assert {len(row) for row in figure.table.rows} == {len(figure.table.columns)}
-    assert sum(tag == "details" for tag, _ in elements) == len(plots) == 7
+    numbered = re.findall(r"Figure (\d+)\. ", visible(page))
+    assert numbered == [str(number) for number in range(1, count + 1)]
+    assert sum(tag == "details" for tag, _ in elements) == len(plots) == count
 
 
 def test_an_own_loop_without_losses_leaves_out_what_needs_them_and_says_why() -> None:
     summary = report_example.own_loop()
-    assert [figure.name for figure in figures(summary) if figure] == ["rates", "confirmation", "pairs"]
+    assert [figure.name for figure in figures(summary) if figure] == ["rates", "map", "confirmation", "pairs"]
     text = visible(render(summary))
     assert "Figure 1. Accuracy against learning rate." in text
     assert "The training loop reported no losses, so the score itself is drawn." in text
@@ -241,6 +271,121 @@ def test_an_own_loop_without_losses_leaves_out_what_needs_them_and_says_why() ->
     assert "Sensitivity is not drawn: the training loop reported no losses." in text
     assert "Data, batches, loss, optimizer and schedule are those of the training loop that was given." in text
     assert "cross_entropy" not in text
+    assert "Nothing was measured inside your own loop: a nw.Monitor in it records the loss along the gradient" in text
+    assert "The score is not drawn against cost: the steps of your own loop cannot be timed from outside." in text
+
+
+def test_a_study_that_is_healthy_says_so_and_how_to_see_more() -> None:
+    text = visible(render(report_example.healthy()))
+    assert "What the doctor finds in batch" in text
+    assert "A clean bill: the doctor examined the network at the end of this training and has no finding." in text
+    assert "The control, which holds gamma, beta and the output layer still, was not run: --control runs it." in text
+    assert "Batch size, optimizer, start and the rest had one value each. Several, as in --batch-size 8,32,128," in text
+    assert "Confidence: " not in text
+    assert "· control" not in text
+
+
+def test_what_the_doctor_finds_stands_with_its_code() -> None:
+    page = render(report_example.measured())
+    text, codes = visible(page), [code.strip() for code in Page(own(page)).texts["code"]]
+    assert (
+        "Statistics of 8 samples are noisy. In block.1.norm, block.2.norm. "
+        "samples a statistic: 8; expected at least 16. Confidence: likely." in text
+    )
+    for found in report_example.FINDINGS:
+        assert found.fix in codes
+    assert "A clean bill" not in text
+
+
+def test_a_doctor_that_was_not_asked_is_not_a_clean_bill() -> None:
+    full = report_example.healthy()
+    norms = tuple(replace(n, measures=replace(n.measures, findings=None)) for n in full.norms if n.measures)
+    text = visible(render(replace(full, norms=norms)))
+    assert "clean bill" not in text
+    assert "The doctor was not asked about the winner: nw.doctor(model, batches) examines a trained model." in text
+
+
+def test_what_could_not_be_measured_is_named() -> None:
+    full = report_example.healthy()
+    norms = tuple(
+        replace(norm, measures=replace(norm.measures, sharpness=(), gap=None)) for norm in full.norms if norm.measures
+    )
+    text = visible(render(replace(full, norms=norms)))
+    assert (
+        "The curvature could not be computed. There is no gap between training and evaluation to draw: nothing here "
+        "remembers statistics." in text
+    )
+    assert "The activations could not be measured" not in text
+
+
+def test_measures_are_told_without_a_cause_and_in_their_mode() -> None:
+    text = visible(render(report_example.measured()))
+    assert "smooth" not in text.lower()
+    assert (
+        "once more at its own best learning rate, from one seed (1000), and looked into on the way, in training" in text
+    )
+    assert "It does not say why one scores better than another." in text
+    assert "Curvature of training mode: that of evaluation mode is another one." in text
+    assert "It bounds no other rate: far more than 2/λ at the start may train" in text
+
+
+def test_a_sampler_has_dashes_instead_of_edges_and_says_why() -> None:
+    page = render(report_example.sampled())
+    text = visible(page)
+    why = "the tpe sampler drew the learning rates, and drawn rates enclose no edge; --sampler grid finds them."
+    assert cells(page, "batch")[3:7] == [words.MISSING] * 4
+    assert f"under lr_train, lr_diverge, Margin and Sensitivity: {why}" in text
+    assert f"Edges are not drawn: {why}" in text
+    assert "Sensitivity is not drawn for the same reason: it is a mean over a grid." in text
+    assert "--control" not in text
+    assert cells(page, "Sampler") == ["tpe, 14 points a normalization"]
+
+
+def test_with_axes_the_overview_names_the_best_combination() -> None:
+    page = render(report_example.measured())
+    assert cells(page, "batch")[2:4] == ["batch size 128\noptimizer sgd", "0.5"]
+    assert cells(page, "Batch size") == ["8, 32, 128 (each at its best)"]
+    assert cells(page, "Control") == ["gamma, beta and the output layer frozen"]
+    assert "had one value each" not in visible(page)
+
+
+def test_the_control_stands_beside_every_edge() -> None:
+    page = render(report_example.measured())
+    assert cells(page, "· control") == [
+        *("2.28\n(1.61 to 3.22)", "4.44×"),  # noqa: RUF001
+        *("1.2\n(0.849 to 1.7)", "4.44×"),  # noqa: RUF001
+        *("0.96\n(0.679 to 1.36)", "4.44×"),  # noqa: RUF001
+        words.MISSING,
+    ]
+    assert (
+        "As a ratio to none, in the study and in the control: batch 13.3× and 4.44× (3.7 and 2.2 octaves); "  # noqa: RUF001
+        in visible(page)
+    )
+
+
+def test_a_summary_read_back_gives_the_same_page() -> None:
+    full = report_example.measured()
+    again = summary_from_dict(json.loads(json.dumps(full.to_dict())))
+    assert again == full
+    assert render(again) == render(full)
+
+
+def test_a_page_with_everything_is_rendered_in_less_than_a_second() -> None:
+    full = report_example.measured()
+    render(full)
+    start = time.process_time()
+    render(full)
+    assert time.process_time() - start < 1.0
+
+
+def test_the_horizon_names_the_runner_ups_own_steps() -> None:
+    full = report_example.example()
+    assert full.horizon
+    other = replace(full, horizon=replace(full.horizon, runner_up_steps=300))
+    assert (
+        "At 200 steps (layer at 300 of its own) batch leads layer by 1.72 points; "
+        "at twice as many batch leads layer by 0.94 points." in visible(render(other))
+    )
 
 
 def test_a_study_in_which_nothing_trained_says_so() -> None:
@@ -253,6 +398,7 @@ def test_a_study_in_which_nothing_trained_says_so() -> None:
     assert "Not drawn: no confirmation seed gave a score." in text
     assert "Winner and runner-up were not run again at twice the steps" in text
     assert "Before you rely on it" not in text
+    assert "Nothing was measured inside the training: no normalization was confirmed at a best rate." in text
 
 
 def test_one_normalization_has_no_pair() -> None:

@@ -8,23 +8,20 @@ from hypothesis import given
 from hypothesis import settings as given_settings
 from hypothesis import strategies as st
 
+from normwise.diagnose.lattice import STEP, rate, rung
 from normwise.errors import StudyError
 from normwise.tuning.outcomes import best_rate, diverge_edge, train_edges
+from normwise.tuning.rates import RANGES, declared_rates
 from normwise.tuning.records import Record, Request, Settings
 from normwise.tuning.search import (
-    RANGES,
-    STEP,
     confirmation_scores,
-    declared_rates,
     expected_trials,
     imputed_score,
     next_requests,
-    rate,
     reference_loss,
-    rung,
-    seeds,
     selection,
 )
+from normwise.tuning.seeds import seeds
 
 CHANCE = math.log(10)
 TWO = Settings("mlp", "digits", (("batch", "batch"), ("none", "none")), seeds=2, confirm=3, steps=100)

@@ -5,7 +5,18 @@ from statistics import fmean
 
 import pytest
 
-from normwise.tuning.records import Edge, Horizon, Record, Settings
+from normwise.tuning.records import (
+    ActivationPoint,
+    Edge,
+    GapPoint,
+    Horizon,
+    Measures,
+    Record,
+    Settings,
+    SharpnessPoint,
+    SmoothnessPoint,
+    VariantSummary,
+)
 from normwise.tuning.search import next_requests, selection
 from normwise.tuning.summary import rows, summarize, summary_from_dict
 
@@ -113,6 +124,31 @@ def test_json_and_back():
     assert summary_from_dict(json.loads(json.dumps(alone.to_dict()))) == alone
     with pytest.raises(KeyError):
         summary_from_dict({})
+
+
+def test_measures_and_combinations_in_json_and_back():
+    whole = summary()
+    edge = Edge(1.0, 0.5, 2.0, 2)
+    measures = Measures(
+        seed=3,
+        smoothness=(SmoothnessPoint(0, 0.1, 0.2, 0.3, 4.0, 5.0), SmoothnessPoint(10, None, None, None, None, None)),
+        sharpness=(SharpnessPoint(0, 10.0, -1.0, 2.0, 4.0),),
+        activations=(ActivationPoint("0.norm", 1.0, 2.0),),
+        gap=GapPoint(1.0, 0.9, None),
+        saved_bytes=1024,
+    )
+    variant = (("batch_size", 8), ("optimizer", "sgd"))
+    norm = replace(
+        whole.norms[0],
+        variant=variant,
+        variants=(VariantSummary(variant, 0.5, 91.0, edge), VariantSummary(variant, None, None, None)),
+        control={"0.5": edge},
+        control_diverge=edge,
+        measures=measures,
+    )
+    grown = replace(whole, norms=(norm, *whole.norms[1:]))
+    assert summary_from_dict(json.loads(json.dumps(grown.to_dict()))) == grown
+    assert grown.version == 2
 
 
 def test_rows_are_a_heading_and_a_line_a_normalization():

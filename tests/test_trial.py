@@ -299,3 +299,46 @@ def test_a_spike_that_recovers_is_no_divergence() -> None:
         return 60.0
 
     assert own(train).score == 60.0
+
+
+def test_a_trial_has_the_settings_of_its_combination() -> None:
+    asked: list[Any] = []
+
+    class Placed(Architecture):
+        def build(self, norm: Any, start: str | None = None, placement: str | None = None) -> nn.Module:
+            asked.append((start, placement))
+            return nn.Sequential(nn.Linear(2, 2), norm(2))
+
+    settings = replace(SETTINGS, axes=(("batch_size", (4, 16)), ("start", ("he", "default"))), placement="pre")
+    own = problem(settings, architecture=Placed("line", nn.Identity, True, {}))
+    record = run(own, replace(REQUEST, variant=(("batch_size", 4), ("start", "he"))))
+    assert asked == [("he", "pre")]
+    small = run(problem(replace(SETTINGS, batch_size=4)), REQUEST)
+    assert replace(record, request=REQUEST, seconds=0.0) == replace(small, seconds=0.0)
+    assert record.curve != run(problem(), REQUEST).curve
+
+
+def test_weight_decay_is_the_optimizers_own_unless_said() -> None:
+    line = nn.Linear(1, 1)
+    assert [make_optimizer(name, line, 0.1).defaults["weight_decay"] for name in ("sgd", "momentum", "adamw")] == [
+        0.0,
+        0.0,
+        0.01,
+    ]
+    assert make_optimizer("adamw", line, 0.1, 0.0).defaults["weight_decay"] == 0.0
+    decayed = run(problem(replace(SETTINGS, weight_decay=0.5)), REQUEST)
+    free = run(problem(), REQUEST)
+    assert decayed.weight_norm is not None
+    assert free.weight_norm is not None
+    assert decayed.weight_norm < 0.5 * free.weight_norm
+
+
+def test_control_trials_see_no_test_data() -> None:
+    locked = Watched(*(torch.zeros(0), torch.zeros(0)))
+    two = Architecture(
+        "two", lambda norm: nn.Sequential(nn.Linear(2, 8), norm(8), nn.ReLU(), nn.Linear(8, 2)), True, {}
+    )
+    record = run(problem(test=locked, architecture=two), replace(REQUEST, phase="control"))
+    assert record.score is not None
+    assert record.score > 60
+    assert record.test_loss is None

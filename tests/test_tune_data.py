@@ -100,7 +100,10 @@ def test_what_is_no_data_is_refused() -> None:
             raise OSError("disk is gone")
 
     fine = pair()
-    assert message("didgits") == "no data named 'didgits'; there are digits, wine, or module:function for your own"
+    assert message("didgits") == (
+        "no data named 'didgits'; there are digits, wine, breast_cancer, fashion, text, sequences, or module:function "
+        "or a folder for your own"
+    )
     assert message((fine,)) == "data 'given in Python' gave 1 parts; give (train, validation, test) or (train, test)"
     assert message(lambda: None).endswith("gave a NoneType; give (train, validation, test) or (train, test)")
     assert message((fine, "x", fine)) == (

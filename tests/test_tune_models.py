@@ -1,6 +1,8 @@
 """Built-in networks, the user's factories, and layers exchanged in finished models."""
 
 import math
+from functools import partial
+from typing import Literal
 
 import pytest
 import torch
@@ -82,7 +84,8 @@ def test_models_that_are_none() -> None:
 
     where = "test_tune_models:test_models_that_are_none.<locals>"
     assert message("mpl") == (
-        "no model named 'mpl'; there are mlp, cnn, or module:factory for yours; did you mean 'mlp'?"
+        "no model named 'mpl'; there are mlp, cnn, resnet, transformer, lstm, or module:factory for yours; did you "
+        "mean 'mlp'?"
     )
     assert message(failing).startswith(
         f"model '{where}.failing' raised ValueError: no such width (test_tune_models.py:"
@@ -229,3 +232,80 @@ def test_an_architecture_says_what_was_fixed() -> None:
     assert facts["model"] == "mlp: depth 6, width 64, ReLU, 64 inputs, 10 outputs"
     assert facts["placement"] == "linear, normalization, ReLU"
     assert isinstance(find("cnn", None, 10), Architecture)
+
+
+def test_a_placement_is_given_to_the_factory() -> None:
+    given: list[object] = []
+
+    def mine(norm: NormChoice, placement: Literal["early", "late"] = "early") -> nn.Module:
+        given.append(placement)
+        return nn.Sequential(nn.Linear(2, 4), norm(4))
+
+    def own(placement: str | None = None) -> nn.Module:
+        given.append(placement)
+        return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4))
+
+    found, strings = find(mine, None, 10), find(own, None, 10)
+    assert (found.placements, strings.placements) == (("early", "late"), ())
+    found.build(BATCH), found.build(BATCH, placement="late"), strings.build(BATCH, placement="anywhere")
+    assert given == ["early", "late", "anywhere"]
+    assert find(partial(mine, placement="late"), None, 10).placements == ("early", "late")
+    assert [find(name, None, 10).placements for name in ("mlp", "cnn", "resnet", "transformer", "lstm")] == [
+        ("before", "after"),
+        ("before", "after"),
+        ("pre", "post", "inside"),
+        ("pre", "post", "inside"),
+        (),
+    ]
+
+
+def test_a_placement_that_cannot_be_had_is_refused() -> None:
+    def mine(norm: NormChoice, placement: Literal["early", "late"] | None = None) -> nn.Module:
+        return norm(4)
+
+    def choosy(norm: NormChoice, placement: str) -> nn.Module:
+        raise ValueError(f"no place {placement}")
+
+    def refusal(model: object, placement: str) -> str:
+        with pytest.raises(StudyError) as caught:
+            find(model, None, 10).build(BATCH, placement=placement)  # type: ignore[arg-type]
+        return str(caught.value)
+
+    where = "test_tune_models:test_a_placement_that_cannot_be_had_is_refused.<locals>"
+    assert refusal("lstm", "pre") == (
+        "placement 'pre': model 'lstm' does not offer any; leave placement out, or give its factory an argument "
+        "`placement` and let it put its norms there"
+    )
+    assert refusal("resnet", "before") == "placement 'before': model 'resnet' offers pre, post, inside"
+    assert refusal(mine, "never") == f"placement 'never': model '{where}.mine' offers early, late"
+    assert refusal(choosy, "x").startswith(
+        f"model '{where}.choosy' raised ValueError: no place x (test_tune_models.py:"
+    )
+
+
+def test_a_start_is_drawn_anew_and_no_start_is_the_factorys() -> None:
+    def own() -> nn.Module:
+        model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+        nn.init.constant_(model[0].weight, 0.5)  # type: ignore[arg-type]
+        return model
+
+    found = find(own, None, 10)
+    assert (found.build(BATCH)[0].weight == 0.5).all()  # type: ignore[index]
+    weight = found.build(BATCH, start="orthogonal")[0].weight  # type: ignore[index]
+    torch.testing.assert_close(weight @ weight.T, 2 * torch.eye(6), atol=1e-5, rtol=0)
+    with pytest.raises(StudyError, match=r"^no start named 'xavier'; there are default, he, orthogonal$"):
+        found.build(BATCH, start="xavier")
+
+
+@pytest.mark.parametrize("start", ["default", "he", "orthogonal"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet", "transformer", "lstm"])
+def test_every_network_takes_every_start(name: str, start: str) -> None:
+    torch.manual_seed(0)
+    before = [*find(name, None, 10).build(BATCH).parameters()]
+    torch.manual_seed(1)
+    model = find(name, None, 10).build(BATCH, start=start)
+    output = model(torch.randn(8, 64))
+    output.backward(torch.randn(output.shape))
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    changed = [not a.equal(b) for a, b in zip(before, model.parameters(), strict=True) if a.ndim > 1]
+    assert all(changed)

@@ -167,3 +167,99 @@ def test_names_are_fit_for_files() -> None:
     assert default_name("mlp", "digits", None) == "mlp-digits"
     assert default_name("a.b:c", "../x y:z", None) == "a.b-c-..-x-y-z"
     assert default_name(plan, ((), ()), None) == "test_tune_prepare-plan-data"
+
+
+# ------------------------------------------------------------------------------------------------ axes and samplers
+
+
+def test_every_value_of_every_axis_is_tried_before_the_study() -> None:
+    def factory(norm: Any) -> nn.Module:
+        class Few(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                if len(x) == 64:
+                    raise RuntimeError("no batch of 64")
+                return x
+
+        return nn.Sequential(Few(), norm(64), nn.Linear(64, 10))
+
+    assert message(factory, batch_size=(32, 64), optimizer=("sgd", "adamw")).startswith(
+        "the model with normalization 'batch' at batch size 64, optimizer sgd does not run: RuntimeError: no batch of "
+    )
+    assert plan(factory, batch_size=(32, 16), optimizer=("sgd", "adamw")).settings.axes
+
+
+def test_a_step_of_another_batch_size_has_a_time_of_its_own() -> None:
+    import time
+
+    def factory(norm: Any) -> nn.Module:
+        class Slow(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                time.sleep(len(x) / 1000)
+                return x
+
+        return nn.Sequential(Slow(), norm(64), nn.Linear(64, 10))
+
+    asked = plan(factory, batch_size=(10, 100), optimizer=("sgd", "adamw"), norms="none")
+    small, large = (asked.checks["none"].seconds((("batch_size", size),)) for size in (10, 100))
+    assert small is not None
+    assert large is not None
+    assert small >= 0.01
+    assert large >= 0.1
+    assert small + 0.03 < large  # of 0.09, on a machine that is busy
+    times = measure_steps(asked.problem, asked.checks, {"none": (("batch_size", 100), ("optimizer", "sgd"))})
+    assert times["none"] is not None
+    assert times["none"] > 100
+
+
+def test_what_varies_is_said() -> None:
+    facts = plan(batch_size=(8, 32), optimizer=("sgd", "adamw"), weight_decay=0.1, epochs=2).facts
+    assert facts["batch size"] == "8, 32: each normalization at its own best"
+    assert facts["optimizer"] == "sgd, adamw: each normalization at its own best"
+    assert facts["weight decay"] == "0.1"
+    assert facts["steps"] == "56 to 224, 2 epochs by batch size; twice as many for the two leaders"
+    assert plan(optimizer="momentum", weight_decay=0.1).facts["optimizer"] == (
+        "SGD with momentum 0.9, weight decay 0.1"
+    )
+    assert plan(epochs=(1, 2)).facts["steps"] == (
+        "those of 1, 2 epochs, each normalization at its own best; twice for the leaders"
+    )
+
+
+def test_the_plan_says_axes_sampler_and_cost() -> None:
+    text = plan(batch_size=(32, 128), optimizer=("sgd", "adamw"), sampler="tpe", trials=18, prune=True).text(2)
+    assert "learning rates    from 0.00391 to 4 (sgd), from 6.1e-05 to 0.0625 (adamw), drawn by logarithm" in text
+    assert "axes              2 batch-size x 2 optimizer = 4 combinations, each normalization at its own best" in text
+    assert "sampler           tpe, 18 points a normalization, cut short by successive halving within a norm" in text
+    assert f"trials            about {2 * (26 * 3 + 10) + 20}" in text
+    assert "warning" not in text
+    control = plan(control=True).text(2)
+    assert "control           the same rates once more, with gamma, beta and the output layer frozen" in control
+
+
+def test_a_product_of_many_values_is_warned_of() -> None:
+    text = plan(batch_size=(8, 16, 32, 64), optimizer=("sgd", "adamw", "momentum"), weight_decay=(0, 0.1, 1)).text(2)
+    assert "warning" not in text
+    text = plan(batch_size=tuple(range(8, 32)), optimizer=("sgd", "adamw"), norms="batch,none").text(2)
+    count = 2 * (24 * 2 * 18 * 3 + 10) + 20
+    assert text.splitlines()[-1] == (
+        f"warning           {count} trials are many; fewer values, or --sampler tpe --trials 60, make the study shorter"
+    )
+
+
+def test_the_command_says_the_axes() -> None:
+    asked = Options(batch_size="8,32", optimizer="adamw", weight_decay=(0, 1e-4), sampler="tpe", trials=9, prune=True)
+    assert command("mlp", "digits", None, asked.plain()) == (
+        "normwise tune mlp --data digits --batch-size 8,32 --optimizer adamw --weight-decay 0.0,0.0001 --sampler tpe "
+        "--trials 9 --prune"
+    )
+    assert command(plan, "digits", None, asked.plain()) == (
+        'nw.tune(test_tune_prepare:plan, "digits", batch_size=(8, 32), optimizer="adamw", '
+        'weight_decay=(0.0, 0.0001), sampler="tpe", trials=9, prune=True)'
+    )
+
+
+def test_a_control_that_cannot_run_is_named_before_the_study() -> None:
+    def factory(norm: Any) -> nn.Module:
+        return nn.Sequential(norm(64), nn.Linear(64, 10))
+
+    assert message(factory, control=True).startswith("the control has nothing to train: the network has no parameters")

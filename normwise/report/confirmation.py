@@ -30,7 +30,7 @@ def scores(summary: Summary) -> Figure | None:
     if not order:
         return None
     looks = marks(summary.norms)
-    reach = _reach(order)
+    reach = score_range(order)
     traces = [
         trace
         for row, norm in enumerate(order)
@@ -82,7 +82,7 @@ def ranked(summary: Summary) -> list[NormSummary]:
     return sorted(scored, key=lambda norm: sign * (norm.mean or 0.0))
 
 
-def _reach(order: list[NormSummary]) -> list[float]:
+def score_range(order: list[NormSummary]) -> list[float]:
     """The axis holds the seeds that trained and every mean; a seed that failed must not flatten the rest.
 
     It would through its normalization's interval as well: that counts only where all seeds trained.

@@ -8,9 +8,23 @@ from functools import cache
 from pathlib import Path
 
 from normwise.errors import MissingExtraError, StudyError
-from normwise.report import confirmation, curves, rates, stability, tables, words
+from normwise.report import (
+    absent,
+    axes,
+    confirmation,
+    cost,
+    curvature,
+    curves,
+    gradient,
+    heat,
+    layers,
+    rates,
+    stability,
+    tables,
+    words,
+)
 from normwise.report.figures import Figure
-from normwise.tuning.records import NormSummary, Settings, Summary
+from normwise.tuning.records import Found, NormSummary, Settings, Summary
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -39,8 +53,8 @@ def render(summary: Summary) -> str:
     >>> "Nothing trained." in page, "&lt;b&gt;mine&lt;/b&gt;" in page, "<b>mine</b>" in page
     (True, True, False)
     """
-    figures = _figures(summary)
-    drawn = [figure for figure in figures.values() if figure]
+    figures, varied = _figures(summary), axes.figures(summary)
+    drawn = [figure for figure in (*figures.values(), *varied) if figure]
     return _template().render(
         summary=summary,
         settings=summary.settings,
@@ -51,6 +65,12 @@ def render(summary: Summary) -> str:
         declarations=tables.declarations(summary),
         fixed=tables.settings_rows(summary.settings),
         tolerance=tables.tolerance(summary),
+        control=stability.control_sentence(summary),
+        measured=_measured(summary),
+        examined=_examined(summary),
+        varied=varied,
+        axes=axes.named(summary) if summary.settings.axes else "",
+        why=_why(summary, figures),
         horizon=_horizon(summary),
         reproduce={key: value for key, value in summary.reproduce.items() if key != "command"},
         figures=figures,
@@ -97,13 +117,48 @@ def _figures(summary: Summary) -> dict[str, Figure | None]:
     """Every figure by its place in the page; None where the study has no data for it."""
     return {
         "rates": rates.figure(summary),
+        "map": heat.figure(summary),
         "confirmation": confirmation.scores(summary),
         "pairs": confirmation.pairs(summary),
         "curves": curves.losses(summary),
         "edges": stability.edges(summary),
         "sensitivity": stability.sensitivity(summary),
         "weights": curves.weights(summary),
+        "gradient": gradient.along_gradient(summary),
+        "sharpness": curvature.sharpness(summary),
+        "activations": layers.activations(summary),
+        "gap": layers.gap(summary),
+        "cost": cost.figure(summary),
     }
+
+
+def _why(summary: Summary, figures: dict[str, Figure | None]) -> dict[str, str | None]:
+    """By place in the page, why something is not there."""
+    return {
+        "dashes": absent.dashes(summary.settings),
+        "edges": absent.edges(summary),
+        "sensitivity": absent.sensitivity(summary),
+        "control": absent.control(summary),
+        "inside": absent.inside(summary, figures),
+        "doctor": absent.doctor(summary),
+        "cost": absent.cost(summary),
+        "axes": absent.axes(summary.settings),
+    }
+
+
+def _measured(summary: Summary) -> str:
+    """Which runs were looked into."""
+    seeds = sorted({norm.measures.seed for norm in summary.norms if norm.measures})
+    if not seeds:
+        return ""
+    own = "from one seed" if len(seeds) == 1 else "from one seed each"
+    return f"{own} ({', '.join(map(str, seeds))})"
+
+
+def _examined(summary: Summary) -> list[tuple[str, tuple[Found, ...]]]:
+    """What the doctor found, by label, in those that it was asked about."""
+    asked = [(norm.label, norm.measures.findings if norm.measures else None) for norm in summary.norms]
+    return [(label, findings) for label, findings in asked if findings is not None]
 
 
 def _title(settings: Settings) -> str:
@@ -140,7 +195,9 @@ def _horizon(summary: Summary) -> str:
         _lead(value, found.winner, found.runner_up, summary.settings) for value in (found.lead, found.lead_doubled)
     )
     turn = " The order reverses: train longer before you rely on this answer." if found.reversed else ""
-    return f"At {found.steps:,} steps {lead}; at {2 * found.steps:,} steps {doubled}.{turn}"
+    own = "" if found.runner_up_steps is None else f" ({found.runner_up} at {found.runner_up_steps:,} of its own)"
+    again = "twice as many" if own else f"{2 * found.steps:,} steps"
+    return f"At {found.steps:,} steps{own} {lead}; at {again} {doubled}.{turn}"
 
 
 def _lead(value: float, winner: str, runner_up: str, settings: Settings) -> str:

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from normwise.report import words
 from normwise.report.figures import INK, MUTED, Figure, Json, axis, hover, log_axis, marks, rows, short
-from normwise.report.tables import HEADLINE, THRESHOLDS, Table, ratio, reference, table, tolerated
+from normwise.report.tables import HEADLINE, THRESHOLDS, Table, controlled, ratio, reference, table, tolerated
 from normwise.tuning.records import Edge, NormSummary, Summary
 
 _PITCH = 62  # pixels between rows
+_CONTROL_READING = (
+    " Right under each mark, open with a dot: the same edge in the control, with gamma, beta and the output layer "
+    "frozen."
+)
 _LANES = {"0.9": 0.1, "0.5": -0.06, "0.25": -0.22, "diverges": -0.38}  # where in a row each edge is drawn
 _SYMBOLS = {"0.9": "triangle-up-open", "0.5": "circle", "0.25": "triangle-down-open", "diverges": "x"}
 
 
+@dataclass(frozen=True)
+class _Look:
+    """How edges are drawn: the study's own, or those of its control."""
+
+    colour: str
+    size: int
+    bar: str  # colour of the seeds' range
+    below: float = 0.0  # how far under its lane, in rows
+    suffix: str = ""  # of the symbols
+    note: str = ""  # for the hover text
+
+
+_STUDY = _Look(INK, 9, MUTED)
+_CONTROL = _Look(
+    "var(--control)", 8, "var(--control)", 0.075, "-open-dot", "with gamma, beta and the output layer frozen"
+)
+
+
 def edges(summary: Summary) -> Figure | None:
     """Best rate and edges of every normalization, or None where no edge is known."""
-    rates = [rate for norm in summary.norms for rate in _rates(norm)]
+    control = controlled(summary)
+    rates = [rate for norm in (*summary.norms, *(control.norms if control else ())) for rate in _rates(norm)]
     if not any(norm.lr_train or norm.lr_diverge.mean for norm in summary.norms) or not rates:
         return None
     labels = [f"{short(norm.label)}{_weights(norm)}" for norm in summary.norms]
@@ -27,15 +52,18 @@ def edges(summary: Summary) -> Figure | None:
         reading="Star: the best rate. Triangles and circle: the largest rate that trains to a loss below 0.9, 0.5 and "
         "0.25 of chance, the loss of the best constant prediction. Cross: the rate from which training diverges; an "
         "arrow, none up to there. Points are geometric means over seeds, thin bars the seeds' range. The broad band is "
-        "the margin, from the best rate to the edge at half of chance.",
+        f"the margin, from the best rate to the edge at half of chance.{_CONTROL_READING if control else ''}",
         table=_edges_table(summary),
         traces=[
             *_margins(summary),
             _best(summary),
-            *(_edge_trace(summary, kind) for kind in _LANES),
-            *_beyond(summary),
+            *(_edge_trace(summary, kind, _STUDY) for kind in _LANES),
+            *_beyond(summary, _STUDY),
+            *(_control_traces(control) if control else []),
         ],
-        layout=rows(labels, _PITCH, xaxis=log_axis("Learning rate", min(rates) / 1.4, max(rates) * 1.4)),
+        layout=rows(
+            labels, _PITCH + (24 if control else 0), xaxis=log_axis("Learning rate", min(rates) / 1.4, max(rates) * 1.4)
+        ),
     )
 
 
@@ -121,30 +149,35 @@ def _edges(summary: Summary, kind: str) -> Iterator[tuple[int, NormSummary, Edge
             yield row, norm, edge
 
 
-def _edge_trace(summary: Summary, kind: str) -> Json:
+def _edge_trace(summary: Summary, kind: str, look: _Look) -> Json:
     found = [(row, norm, edge) for row, norm, edge in _edges(summary, kind) if edge.censored < edge.seeds]
     return {
         "type": "scatter",
         "mode": "markers",
         "name": "diverges" if kind == "diverges" else f"{kind} of chance",
         "x": [edge.mean for _, _, edge in found],
-        "y": [_LANES[kind] - row for row, _, _ in found],
-        "marker": {"color": INK, "symbol": _SYMBOLS[kind], "size": 9},
+        "y": [_LANES[kind] - look.below - row for row, _, _ in found],
+        "marker": {"color": look.colour, "symbol": _symbol(kind, look), "size": look.size},
         "error_x": {
             "type": "data",
             "symmetric": False,
             "array": [_apart(edge.high, edge.mean) for _, _, edge in found],
             "arrayminus": [_apart(edge.mean, edge.low) for _, _, edge in found],
-            "color": MUTED,
+            "color": look.bar,
             "thickness": 1.2,
             "width": 3,
         },
         "hoverinfo": "text",
-        "hovertext": [_describe(norm, kind) for _, norm, _ in found],
+        "hovertext": [_describe(norm, kind, look) for _, norm, _ in found],
     }
 
 
-def _beyond(summary: Summary) -> Iterator[Json]:
+def _symbol(kind: str, look: _Look) -> str:
+    """The symbol of an edge; that of the control has the same shape, open and with a dot in it."""
+    return f"{_SYMBOLS[kind].removesuffix('-open')}{look.suffix}" if look.suffix else _SYMBOLS[kind]
+
+
+def _beyond(summary: Summary, look: _Look) -> Iterator[Json]:
     """Arrows where no seed reached the edge."""
     found = [(kind, *edge) for kind in _LANES for edge in _edges(summary, kind) if edge[2].censored == edge[2].seeds]
     if found:
@@ -153,21 +186,69 @@ def _beyond(summary: Summary) -> Iterator[Json]:
             "mode": "markers",
             "name": "none up to here",
             "x": [edge.mean for *_, edge in found],
-            "y": [_LANES[kind] - row for kind, row, *_ in found],
-            "marker": {"color": INK, "symbol": "arrow-right", "size": 10},
+            "y": [_LANES[kind] - look.below - row for kind, row, *_ in found],
+            "marker": {"color": look.colour, "symbol": "arrow-right", "size": look.size + 1},
             "hoverinfo": "text",
-            "hovertext": [_describe(norm, kind) for kind, _, norm, _ in found],
+            "hovertext": [_describe(norm, kind, look) for kind, _, norm, _ in found],
         }
+
+
+def _control_traces(control: Summary) -> Iterator[Json]:
+    """The edges of the control, under one entry of the legend."""
+    group = {"legendgroup": "control", "showlegend": False}
+    yield {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [None],
+        "y": [None],
+        "name": "control",
+        "marker": {"color": _CONTROL.colour, "symbol": _symbol(HEADLINE, _CONTROL), "size": _CONTROL.size},
+        "legendgroup": "control",
+    }
+    drawn = [*(_edge_trace(control, kind, _CONTROL) for kind in _LANES), *_beyond(control, _CONTROL)]
+    yield from ({**trace, **group} for trace in drawn)
 
 
 def _apart(high: float | None, low: float | None) -> float:
     return 0.0 if high is None or low is None else high - low
 
 
-def _describe(norm: NormSummary, kind: str) -> str:
+def _describe(norm: NormSummary, kind: str, look: _Look) -> str:
     if kind == "diverges":
-        return hover(norm.label, "learning rate at which it diverges:", words.edge(norm.lr_diverge, "none up to"))
-    return hover(norm.label, f"largest rate that trains to {kind} of chance:", tolerated(norm, kind))
+        rate = words.edge(norm.lr_diverge, "none up to")
+        return hover(norm.label, look.note, "learning rate at which it diverges:", rate)
+    return hover(norm.label, look.note, f"largest rate that trains to {kind} of chance:", tolerated(norm, kind))
+
+
+def control_sentence(summary: Summary) -> str | None:
+    """How much of each ratio to the reference is left in the control, or None where none was run."""
+    control = controlled(summary)
+    if control is None:
+        return None
+    frozen = {norm.label: norm for norm in control.norms}
+    base = reference(summary.norms)
+    others = [norm for norm in summary.norms if norm is not base]
+    if not others:
+        held = tolerated(frozen[base.label], HEADLINE)
+        return f"In the control, {base.label} tolerates {held} instead of {tolerated(base, HEADLINE)}."
+    kept = [_kept(norm, base, frozen) for norm in others]
+    return f"As a ratio to {base.label}, in the study and in the control: {'; '.join(kept)}."
+
+
+def _kept(norm: NormSummary, base: NormSummary, frozen: dict[str, NormSummary]) -> str:
+    """Both ratios, and their logarithms to base 2 where neither is a bound."""
+    pairs = ((norm, base), (frozen[norm.label], frozen[base.label]))
+    edges = [(top.lr_train.get(HEADLINE), bottom.lr_train.get(HEADLINE)) for top, bottom in pairs]
+    text = f"{norm.label} {' and '.join(ratio(top, bottom) for top, bottom in edges)}"
+    octaves = [_octaves(top, bottom) for top, bottom in edges]
+    return text if None in octaves else f"{text} ({' and '.join(words.number(own, 2) for own in octaves)} octaves)"
+
+
+def _octaves(top: Edge | None, bottom: Edge | None) -> float | None:
+    """The logarithm of a ratio of two edges that were both reached."""
+    if not (top and bottom and top.mean and bottom.mean) or top.censored or bottom.censored:
+        return None
+    return math.log2(top.mean / bottom.mean)
 
 
 def _edges_finding(summary: Summary) -> str:
@@ -183,15 +264,20 @@ def _edges_finding(summary: Summary) -> str:
 
 
 def _edges_table(summary: Summary) -> Table:
+    control = controlled(summary)
+    frozen = [f"{norm.label}, control" for norm in control.norms] if control else []
     rows = [
         (
-            norm.label,
+            label,
             words.number(norm.lr_best),
             *(tolerated(norm, threshold) for threshold in THRESHOLDS),
             words.edge(norm.lr_diverge, "none up to"),
             words.number(norm.margin_octaves, 2),
         )
-        for norm in summary.norms
+        for label, norm in [
+            *((norm.label, norm) for norm in summary.norms),
+            *zip(frozen, control.norms if control else (), strict=True),
+        ]
     ]
     edges = [f"lr_train at {threshold}" for threshold in THRESHOLDS]
     return table("Normalization", "lr_best", *edges, "lr_diverge", "Margin (octaves)", rows=rows)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from normwise.report import words
+from normwise.tuning.axes import value_text, variant_text
 from normwise.tuning.records import Edge, NormSummary, Settings, Summary
 
 THRESHOLDS = ("0.9", "0.5", "0.25")
@@ -35,6 +36,11 @@ class Table:
         return tuple(column for column in self.columns if column.meaning)
 
 
+_COMBINATION = Column(
+    "Setting", "", "The combination of what was varied that has the best selection score; the row is read at it."
+)
+
+
 def table(*columns: str, rows: Sequence[tuple[str, ...]]) -> Table:
     """A table whose headings explain themselves."""
     return Table(tuple(Column(name) for name in columns), tuple(rows))
@@ -55,6 +61,7 @@ def _overview_columns(settings: Settings) -> tuple[Column, ...]:
         Column("Normalization", "", "The label, and the declaration where it differs."),
         Column(metric, unit, f"Mean over the confirmation seeds; {better} is better. In brackets the {own}."),
         Column("Median", unit, f"Median {metric.lower()} of the confirmation seeds."),
+        *([_COMBINATION] if settings.axes else []),
         Column("lr_best", "rate", "The learning rate with the best selection score; confirmation ran at it."),
         Column("lr_train", "rate", "The largest rate that trains, to below half of chance; the seeds' range follows."),
         Column(
@@ -76,6 +83,7 @@ def _overview_row(norm: NormSummary, settings: Settings) -> tuple[str, ...]:
         _name(norm),
         "\n".join(filter(None, (words.score(norm.mean, settings.unit), interval))),
         words.score(norm.median, settings.unit),
+        *([variant_text(norm.variant).replace(", ", "\n")] if settings.axes else []),
         words.number(norm.lr_best),
         _stacked(tolerated(norm, HEADLINE)),
         _stacked(words.edge(norm.lr_diverge, "none up to")),
@@ -136,18 +144,40 @@ def _unknown(top: Edge, bottom: Edge) -> bool:
     return bool(top.censored and bottom.censored) and top is not bottom
 
 
+def controlled(summary: Summary) -> Summary | None:
+    """The study with the edges of its control instead of its own, or None where no control was run."""
+    if all(norm.control is None for norm in summary.norms):
+        return None
+    return replace(summary, norms=tuple(map(_frozen, summary.norms)))
+
+
+def _frozen(norm: NormSummary) -> NormSummary:
+    """Its edges with gamma, beta and the output layer frozen; the control chooses no rate and leaves no weights."""
+    diverge = norm.control_diverge or Edge(None, None, None, seeds=0)
+    return replace(
+        norm, lr_train=norm.control or {}, lr_diverge=diverge, lr_best=None, margin_octaves=None, weight_norm=None
+    )
+
+
 def tolerance(summary: Summary) -> Table:
-    """The largest rates that train, at three thresholds, as ratios to the reference, with the weights' norm beside."""
+    """The largest rates that train, at three thresholds, as ratios to the reference, with the weights' norm beside.
+
+    Where a control was run, its row stands under the study's, with ratios to the control of the same reference.
+    """
     base = reference(summary.norms)
     columns = [Column("Normalization")]
     for threshold in THRESHOLDS:
         columns += [Column(f"Rate at {threshold}", "of chance"), Column("Ratio", f"to {base.label}")]
-    rows = tuple(_tolerance_row(norm, base) for norm in summary.norms)
-    return Table((*columns, Column("‖W‖", "at the end")), rows)
+    rows = [_tolerance_row(norm.label, norm, base) for norm in summary.norms]
+    if control := controlled(summary):
+        frozen = {norm.label: norm for norm in control.norms}
+        beside = [_tolerance_row("· control", norm, frozen[base.label]) for norm in control.norms]
+        rows = [row for pair in zip(rows, beside, strict=True) for row in pair]
+    return Table((*columns, Column("‖W‖", "at the end")), tuple(rows))
 
 
-def _tolerance_row(norm: NormSummary, base: NormSummary) -> tuple[str, ...]:
-    cells = [norm.label]
+def _tolerance_row(label: str, norm: NormSummary, base: NormSummary) -> tuple[str, ...]:
+    cells = [label]
     for threshold in THRESHOLDS:
         top, bottom = norm.lr_train.get(threshold), base.lr_train.get(threshold)
         cells += [_stacked(tolerated(norm, threshold)), ratio(top, bottom)]
@@ -178,9 +208,28 @@ def settings_rows(settings: Settings) -> Table:
         "optimizer": settings.optimizer,
         "schedule": settings.schedule,
         "device": settings.device,
+        **_chosen(settings),
+    }
+    values |= {
+        name.replace("_", " "): f"{', '.join(map(value_text, own))} (each at its best)" for name, own in settings.axes
     }
     shown = {key: value for key, value in values.items() if not (settings.own_loop and key in _LEFT_TO_OWN_LOOP)}
     return table("Setting", "Value", rows=[(key.capitalize(), value) for key, value in shown.items()])
+
+
+def _chosen(settings: Settings) -> dict[str, str]:
+    """What is told only where it was chosen."""
+    drawn = f"{settings.sampler}, {words.plural(settings.trials or 0, 'point')} a normalization"
+    values = {
+        "start": settings.start,
+        "placement": settings.placement,
+        "weight decay": None if settings.weight_decay is None else value_text(settings.weight_decay),
+        "epochs": None if settings.epochs is None else str(settings.epochs),
+        "sampler": None if settings.sampler == "grid" else drawn,
+        "pruning": "successive halving within a normalization" if settings.prune else None,
+        "control": "gamma, beta and the output layer frozen" if settings.control else None,
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def declarations(summary: Summary) -> Table:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from normwise.tuning.judge import Wording, rate_text, seeds_needed
+from normwise.tuning.axes import value_text
+from normwise.tuning.rates import declared_rates
 from normwise.tuning.records import Horizon, NormSummary, Settings, Verdict
+from normwise.tuning.sentence import Wording, rate_text, seeds_needed
 
 HEADLINE = "0.5"  # the share of chance that lr_train and the margin are read at
 
@@ -65,15 +67,55 @@ def ignores_steps(settings: Settings, norms: Sequence[NormSummary]) -> bool:
 
 def _reversal(settings: Settings, horizon: Horizon | None) -> Iterator[str]:
     if horizon is not None and horizon.reversed:
-        gap = wording(settings).gap
+        gap, first, second = wording(settings).gap, horizon.winner, horizon.runner_up
         yield (
-            f"reversal: {horizon.winner} leads {horizon.runner_up} by {gap(horizon.lead)} at {horizon.steps} steps, "
-            f"but {horizon.runner_up} leads by {gap(-horizon.lead_doubled)} at {2 * horizon.steps}. "
+            f"reversal: {first} leads {second} by {gap(horizon.lead)} at {_steps(horizon, 1)} steps, "
+            f"but {second} leads by {gap(-horizon.lead_doubled)} at {_steps(horizon, 2)}. "
             "Judge again with the number of steps that you will train for"
         )
 
 
+def _steps(horizon: Horizon, times: int) -> str:
+    """The steps of the two, the winner's first, where they are not the same."""
+    both = [horizon.steps] if horizon.runner_up_steps is None else [horizon.steps, horizon.runner_up_steps]
+    return " and ".join(str(times * steps) for steps in both)
+
+
 def _boundaries(settings: Settings, norms: Sequence[NormSummary]) -> Iterator[str]:
+    yield from _rate_boundaries(settings, norms) if settings.sampler == "grid" else _box_boundaries(settings, norms)
+    yield from _axis_boundaries(settings, norms)
+
+
+def _box_boundaries(settings: Settings, norms: Sequence[NormSummary]) -> Iterator[str]:
+    """A sampler draws from a fixed range; what is best within a factor 2 of its ends may be better beyond."""
+    for norm in norms:
+        rates = declared_rates(settings.at(norm.variant))
+        if norm.lr_best is None:
+            yield f"no rate: every selection trial of {norm.label} diverged; it was not confirmed"
+        elif not 2 * rates[0] < norm.lr_best < rates[-1] / 2:
+            yield (
+                f"boundary: the best learning rate of {norm.label}, {rate_text(norm.lr_best)}, is at the end of the "
+                f"range that was drawn from, {rate_text(rates[0])} to {rate_text(rates[-1])}; give a wider one with "
+                "--lrs LOW:HIGH:2, or use --sampler grid"
+            )
+
+
+def _axis_boundaries(settings: Settings, norms: Sequence[NormSummary]) -> Iterator[str]:
+    """A size or a strength that is best at the end of what was tried; two values have no middle, and say nothing."""
+    for name, values in settings.axes:
+        if name not in ("batch_size", "weight_decay") or len(values) < 3:
+            continue
+        for norm in norms:
+            best = dict(norm.variant).get(name)
+            if best is not None and best in (min(values), max(values)) and best != 0:
+                end = "smallest" if best == min(values) else "largest"
+                yield (
+                    f"boundary: the best {name.replace('_', ' ')} of {norm.label}, {value_text(best)}, is the {end} "
+                    "one tried, so a better one may lie beyond"
+                )
+
+
+def _rate_boundaries(settings: Settings, norms: Sequence[NormSummary]) -> Iterator[str]:
     wider = "widen --lrs" if settings.lrs is not None else "the search goes no further"
     for norm in norms:
         rates = sorted({r.request.lr for r in norm.selection})

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from normwise.errors import MissingExtraError, StudyError
+from normwise.errors import StudyError
+from normwise.tuning.datasets import BUILT_IN, SPLIT_SEED, Loaded, Pair, shuffled
+from normwise.tuning.folders import is_path, read_folder
 from normwise.tuning.seeding import seeded
 from normwise.tuning.user import blame, name_of, resolve
 
-SPLIT_SEED = 0
 _NAMES = ("training", "validation", "test")
-_VALIDATION, _TEST = 0.2, 0.3  # of a built-in set; the test share is large because it decides the verdict's precision
 
 Source = str | Callable[[], Any] | tuple[Any, ...]
 
@@ -69,9 +69,10 @@ class Data:
 
 
 def load(source: Source, loss: str) -> Data:
-    """Read a built-in set by name, `module:function`, a function, or (train, validation, test) itself, and check it.
+    """Read a built-in set by name, a path, `module:function`, a function, or (train, validation, test), and check it.
 
-    `loss` decides what the targets are: whole-number labels for "cross_entropy", float32 otherwise.
+    A path is that of a folder of arrays or of idx files; see `tuning.folders`. `loss` decides what the targets are:
+    whole-number labels for "cross_entropy", float32 otherwise.
 
     Raises StudyError for an unknown name, a function that fails, and values that cannot be used; the message names the
     split and the first index.
@@ -81,7 +82,7 @@ def load(source: Source, loss: str) -> Data:
     [899, 359, 539]
     """
     with seeded(SPLIT_SEED):  # a loader that shuffles is read in the same order every time
-        pairs, facts, label = _built_in(source) if isinstance(source, str) and source in BUILT_IN else _users(source)
+        pairs, facts, label = _read(source)
     names = _NAMES if len(pairs) == 3 else ("training", "test")
     splits = [_checked(pair, f"{name} data", loss) for name, pair in zip(names, pairs, strict=True)]
     train, validation, test = splits if len(splits) == 3 else (*_halved(splits[0]), splits[1])
@@ -89,6 +90,15 @@ def load(source: Source, loss: str) -> Data:
     data = Data(label, train, validation, test, {**facts, "split": f"{sizes}; {facts['split']}"})
     data.facts["data fingerprint"] = data.fingerprint()
     return data
+
+
+def _read(source: Source) -> tuple[list[Pair], dict[str, str], str]:
+    """Pairs of tensors, unchecked, facts on them, and what the data are called."""
+    if isinstance(source, str) and source in BUILT_IN:
+        return *BUILT_IN[source](), source
+    if isinstance(source, str) and is_path(source):
+        return *_with_split(*read_folder(source)), source
+    return _users(source)
 
 
 def chance(targets: Tensor, loss: str) -> float | None:
@@ -122,67 +132,14 @@ def check_labels(data: Data, classes: int) -> None:
             )
 
 
-# ---------------------------------------------------------------------------------------------------- built-in sets
-
-
-def _digits() -> tuple[list[tuple[Tensor, Tensor]], dict[str, str]]:
-    inputs, labels = _bunch("digits")
-    train, validation, test = _partition(inputs, labels)
-    mean, std = train[0].mean(dim=0), train[0].std(dim=0, correction=0)
-    scale = torch.where(std > 0, 1 / std, 0.0)
-    splits = [((x - mean) * scale, y) for x, y in (train, validation, test)]
-    return splits, {
-        "data": "digits: 1797 handwritten digits of 8x8 pixels in 10 classes, from scikit-learn",
-        "split": f"50/20/30 %, drawn with split seed {SPLIT_SEED}",
-        "inputs": "each pixel standardized with the training set's mean and standard deviation; constant pixels are 0",
-    }
-
-
-def _wine() -> tuple[list[tuple[Tensor, Tensor]], dict[str, str]]:
-    return _partition(*_bunch("wine")), {
-        "data": "wine: 178 wines by 13 measurements in 3 classes, from scikit-learn",
-        "split": f"50/20/30 %, drawn with split seed {SPLIT_SEED}",
-        "inputs": "raw; the features' scales differ by a factor of 1000",
-    }
-
-
-BUILT_IN: dict[str, Callable[[], tuple[list[tuple[Tensor, Tensor]], dict[str, str]]]] = {
-    "digits": _digits,
-    "wine": _wine,
-}
-
-
-def _built_in(name: Source) -> tuple[list[tuple[Tensor, Tensor]], dict[str, str], str]:
-    splits, facts = BUILT_IN[str(name)]()
-    return splits, facts, str(name)
-
-
-def _bunch(name: str) -> tuple[Tensor, Tensor]:
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise MissingExtraError(f"the built-in data set {name!r}", "tune") from error
-    inputs, labels = getattr(datasets, f"load_{name}")(return_X_y=True)
-    return torch.tensor(inputs, dtype=torch.float32), torch.tensor(labels, dtype=torch.long)
-
-
-def _partition(inputs: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
-    validation, test = round(len(inputs) * _VALIDATION), round(len(inputs) * _TEST)
-    order = _shuffled(len(inputs))
-    parts = order[validation + test :], order[:validation], order[validation : validation + test]
-    return [(inputs[part], targets[part]) for part in parts]
-
-
-def _shuffled(count: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))
-
-
 # ------------------------------------------------------------------------------------------------- the user's own data
 
 
-def _users(source: Source) -> tuple[list[tuple[Tensor, Tensor]], dict[str, str], str]:
+def _users(source: Source) -> tuple[list[Pair], dict[str, str], str]:
     if isinstance(source, str) and ":" not in source:
-        raise StudyError(f"no data named {source!r}; there are {', '.join(BUILT_IN)}, or module:function for your own")
+        raise StudyError(
+            f"no data named {source!r}; there are {', '.join(BUILT_IN)}, or module:function or a folder for your own"
+        )
     if isinstance(source, tuple):
         sets, label = source, "given in Python"
     else:
@@ -196,9 +153,15 @@ def _users(source: Source) -> tuple[list[tuple[Tensor, Tensor]], dict[str, str],
     names = _NAMES if len(sets) == 3 else ("training", "test")
     pairs = [_pair(part, f"{name} data") for name, part in zip(names, sets, strict=True)]
     facts = {"data": label, "split": "as the data came", "inputs": "as the data came"}
+    return *_with_split(pairs, facts), label
+
+
+def _with_split(pairs: list[Pair], facts: dict[str, str]) -> Loaded:
+    """Of two sets the first is split further, which the facts say."""
     if len(pairs) == 2:
-        facts["split"] = f"a quarter of the training data held out for validation, drawn with split seed {SPLIT_SEED}"
-    return pairs, facts, label
+        split = f"a quarter of the training data held out for validation, drawn with split seed {SPLIT_SEED}"
+        return pairs, {**facts, "split": split}
+    return pairs, facts
 
 
 def _halved(split: Split) -> tuple[Split, Split]:
@@ -206,12 +169,12 @@ def _halved(split: Split) -> tuple[Split, Split]:
     held_out = len(split) // 4
     if held_out == 0:
         raise StudyError(f"training data has {len(split)} examples, too few to hold out a quarter for validation")
-    order = _shuffled(len(split))
+    order = shuffled(len(split))
     kept, out = order[held_out:], order[:held_out]
     return Split(split.inputs[kept], split.targets[kept]), Split(split.inputs[out], split.targets[out])
 
 
-def _pair(part: Any, who: str) -> tuple[Tensor, Tensor]:
+def _pair(part: Any, who: str) -> Pair:
     if isinstance(part.dataset if isinstance(part, DataLoader) else part, IterableDataset):
         raise StudyError(f"{who} is an IterableDataset, whose order no seed decides; give a map-style Dataset")
     if isinstance(part, tuple | list) and len(part) == 2:
@@ -223,7 +186,7 @@ def _pair(part: Any, who: str) -> tuple[Tensor, Tensor]:
     raise StudyError(f"{who} is a {type(part).__name__}; give an (X, y) pair, a map-style Dataset or a DataLoader")
 
 
-def _collected(loader: Iterable[Any], who: str) -> tuple[Tensor, Tensor]:
+def _collected(loader: Iterable[Any], who: str) -> Pair:
     with blame(f"{who} could not be read:"):
         batches = list(loader)
     if not batches:
@@ -243,7 +206,7 @@ def _tensor(values: Any, who: str) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ checks
 
 
-def _checked(pair: tuple[Tensor, Tensor], who: str, loss: str) -> Split:
+def _checked(pair: Pair, who: str, loss: str) -> Split:
     inputs, targets = pair
     _same_length(inputs, targets, who)
     if len(inputs) == 0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from statistics import fmean
+from typing import NamedTuple
 
 from normwise.tuning.records import Direction, Edge, Record
 
@@ -44,6 +45,21 @@ def best_rate(trials: Trials, direction: Direction) -> float | None:
     different rates. Only the rates with the fewest failed seeds take part. Ties go to the lower mean validation loss,
     then to the smaller rate. None where every trial failed.
     """
+    found = standing(trials, direction)
+    return None if found is None else found.lr
+
+
+class Standing(NamedTuple):
+    """How good a normalization is at its best rate; of two, the larger is the better."""
+
+    survivors: int  # seeds that have a score there
+    score: float  # smoothed mean, oriented so that more is better
+    loss: float  # minus the mean validation loss
+    lr: float
+
+
+def standing(trials: Trials, direction: Direction) -> Standing | None:
+    """The best rate, as `best_rate` finds it, and what it is worth; None where every trial failed."""
     scores = {lr: [r.score for r in rows if r.score is not None] for lr, rows in trials.items()}
     most = max(map(len, scores.values()), default=0)
     sign = 1.0 if direction == "max" else -1.0
@@ -51,7 +67,8 @@ def best_rate(trials: Trials, direction: Direction) -> float | None:
     smoothed = {lr: _smoothed(means, lr) for lr in means}
     top = max(smoothed.values(), default=0.0)
     tied = [lr for lr, score in smoothed.items() if score == top]
-    return min(tied, key=lambda lr: (_mean_loss(trials[lr]), lr), default=None)
+    lr = min(tied, key=lambda lr: (_mean_loss(trials[lr]), lr), default=None)
+    return None if lr is None else Standing(most, top, -_mean_loss(trials[lr]), lr)
 
 
 def train_edges(trials: Trials, chance: float | None, *, own_loop: bool = False) -> dict[str, Edge]:

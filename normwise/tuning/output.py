@@ -124,7 +124,7 @@ def write(out: Path, name: str, text: str) -> Path:
 
 
 def row(record: Record) -> dict[str, Any]:
-    """A record as one flat row of trials.csv.
+    """A record as one flat row of trials.csv, with a column for each axis that varies.
 
     >>> from normwise.tuning.records import Request
     >>> row(Record(Request("select", "batch", 0.1, 0, 200), "trains", score=91.5))["score"]
@@ -132,7 +132,8 @@ def row(record: Record) -> dict[str, Any]:
     """
     request = record.request
     asked = {"phase": request.phase, "norm": request.norm, "lr": request.lr, "seed": request.seed}
-    return {**asked, "steps": request.steps, **{name: getattr(record, name) for name in _MEASURED}}
+    measured = {name: getattr(record, name) for name in _MEASURED}
+    return {**asked, "steps": request.steps, **dict(request.variant), **measured}
 
 
 def to_csv(records: Iterable[Record]) -> str:

@@ -7,12 +7,14 @@ them, `report` draws them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
-Phase = Literal["select", "confirm", "horizon"]
+Phase = Literal["select", "confirm", "horizon", "control"]
 Outcome = Literal["trains", "stuck", "diverged"]
 Direction = Literal["max", "min"]
+Value = str | int | float
+Variant = tuple[tuple[str, Value], ...]  # a value for each axis that varies, in the settings' order; () where none does
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Request:
 
     `phase` says what the trial is for: *select* chooses the learning rate (validation data only), *confirm* runs each
     normalization at its own best rate on fresh seeds and the test data, *horizon* repeats winner and runner-up at
-    twice the steps. `steps` is None where the user's own loop decides.
+    twice the steps, *control* selects again with gamma, beta and the output layer frozen. `steps` is None where the
+    user's own loop decides.
     """
 
     phase: Phase
@@ -29,6 +32,12 @@ class Request:
     lr: float
     seed: int
     steps: int | None
+    variant: Variant = ()
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """What `dataclasses.asdict` gave, JSON in between or not."""
+        return cls(**{**data, "variant": _pairs(data.get("variant", ()))})
 
 
 @dataclass(frozen=True)
@@ -60,11 +69,15 @@ class Record:
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """What `to_dict` gave, JSON in between or not."""
         curve, weights = (_points(data.get(name, ())) for name in ("curve", "weights"))
-        return cls(**{**data, "request": Request(**data["request"]), "curve": curve, "weights": weights})
+        return cls(**{**data, "request": Request.from_dict(data["request"]), "curve": curve, "weights": weights})
 
 
 def _points(pairs: Iterable[Sequence[float]]) -> tuple[tuple[int, float], ...]:
     return tuple((int(step), float(value)) for step, value in pairs)
+
+
+def _pairs(pairs: Iterable[Sequence[Any]]) -> Variant:
+    return tuple((name, value) for name, value in pairs)
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,30 @@ class Settings:
     base_seed: int = 0
     own_loop: bool = False  # --train: the user's own training loop
     device: str = "cpu"
+    start: str | None = None  # of the weights; None: as the model's factory makes them
+    placement: str | None = None  # of the normalization; None: the factory's own
+    weight_decay: float | None = None  # None: the optimizer's own default, 0 for SGD and 0.01 for AdamW
+    epochs: int | None = None  # instead of steps, which are then epochs times full batches an epoch
+    examples: int | None = None  # training examples; known where epochs are counted
+    axes: tuple[tuple[str, tuple[Value, ...]], ...] = ()  # the settings above that have several values
+    sampler: str = "grid"
+    trials: int | None = None  # points a normalization, for samplers that draw them
+    prune: bool = False
+    control: bool = False  # select again with gamma, beta and the output layer frozen
+
+    def at(self, variant: Variant) -> Settings:
+        """The settings of one variant, with nothing left to vary.
+
+        >>> grown = Settings("mlp", "digits", (), axes=(("batch_size", (8, 32)),), epochs=2, examples=100)
+        >>> fixed = grown.at((("batch_size", 32),))
+        >>> fixed.batch_size, fixed.steps, fixed.axes
+        (32, 6, ())
+        """
+        values: dict[str, Any] = dict(variant)
+        fixed = replace(self, axes=(), **values)
+        if fixed.epochs is None or not fixed.examples:
+            return fixed
+        return replace(fixed, steps=fixed.epochs * (fixed.examples // min(fixed.batch_size, fixed.examples)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -99,7 +136,8 @@ class Settings:
         """What `to_dict` gave, JSON in between or not."""
         norms = tuple((label, declaration) for label, declaration in data["norms"])
         lrs = None if data["lrs"] is None else tuple(data["lrs"])
-        return cls(**{**data, "norms": norms, "lrs": lrs})
+        axes = tuple((name, tuple(values)) for name, values in data.get("axes", ()))
+        return cls(**{**data, "norms": norms, "lrs": lrs, "axes": axes})
 
     def differences(self, other: Settings) -> dict[str, tuple[Any, Any]]:
         """The settings in which two studies differ, by name."""
@@ -123,6 +161,97 @@ class Edge:
 
 
 @dataclass(frozen=True)
+class VariantSummary:
+    """A normalization at one combination of the axes' values."""
+
+    variant: Variant
+    lr_best: float | None
+    score: float | None  # mean over the selection seeds at that rate, on validation data; a failed seed has no part
+    lr_train: Edge | None  # at half of chance; None where the sampler draws rates, which have no edges
+
+
+@dataclass(frozen=True)
+class SmoothnessPoint:
+    """The loss along the gradient at one training step."""
+
+    step: int
+    loss_low: float | None  # the range of the loss over the step sizes tried
+    loss_high: float | None
+    predictiveness: float | None  # the largest change of the gradient, an L2 norm
+    beta: float | None  # the largest change of the gradient over the distance gone
+    weight_norm: float | None
+
+
+@dataclass(frozen=True)
+class SharpnessPoint:
+    """The ends of the Hessian's spectrum at one training step, and the curvature at which its rate turns unstable."""
+
+    step: int
+    largest: float | None
+    smallest: float | None
+    along_gradient: float | None  # gᵀHg / gᵀg
+    threshold: float | None  # 2/lr for SGD, 2(1+b)/lr for heavy ball; None where there is no such rule
+
+
+@dataclass(frozen=True)
+class ActivationPoint:
+    """The root mean square of one layer's output, before training and after."""
+
+    layer: str  # path
+    rms_start: float | None
+    rms_end: float | None
+
+
+@dataclass(frozen=True)
+class GapPoint:
+    """The loss on the same data by moving statistics, by batch statistics, and by recalibrated ones."""
+
+    moving: float | None
+    batch: float | None
+    recalibrated: float | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A finding of the doctor's, in words."""
+
+    kind: str
+    what: str
+    where: tuple[str, ...]  # paths
+    measured: str
+    expected: str
+    fix: str  # code
+    confidence: str
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What one more training of a normalization at its best rate showed, from one seed."""
+
+    seed: int
+    smoothness: tuple[SmoothnessPoint, ...] = ()
+    sharpness: tuple[SharpnessPoint, ...] = ()
+    activations: tuple[ActivationPoint, ...] = ()  # in the order of calls
+    gap: GapPoint | None = None
+    saved_bytes: int | None = None  # kept for backward by one step
+    findings: tuple[Found, ...] | None = None  # the doctor's at the end of that training; None: it was not asked
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """What `dataclasses.asdict` gave, JSON in between or not."""
+        gap, findings = data.get("gap"), data.get("findings")
+        return cls(
+            seed=data["seed"],
+            smoothness=tuple(SmoothnessPoint(**point) for point in data.get("smoothness", ())),
+            sharpness=tuple(SharpnessPoint(**point) for point in data.get("sharpness", ())),
+            activations=tuple(ActivationPoint(**point) for point in data.get("activations", ())),
+            gap=None if gap is None else GapPoint(**gap),
+            saved_bytes=data.get("saved_bytes"),
+            findings=None if findings is None else tuple(Found(**{**f, "where": tuple(f["where"])}) for f in findings),
+        )
+
+
+@dataclass(frozen=True)
 class NormSummary:
     """All that a study knows of one normalization."""
 
@@ -131,7 +260,7 @@ class NormSummary:
     described: str  # the layer in normwise's language, for a reader: its repr
     lr_best: float | None
     lr_train: dict[str, Edge]  # by threshold, as a share of chance: "0.9", "0.5", "0.25"; the headline is "0.5"
-    lr_diverge: Edge
+    lr_diverge: Edge  # like lr_train empty where the sampler draws rates, which have no edges
     margin_octaves: float | None  # log2(lr_train at 0.5 / lr_best)
     sensitivity: float | None
     selection: tuple[Record, ...]
@@ -147,6 +276,11 @@ class NormSummary:
     weight_norm: float | None  # median over confirmation seeds
     trials: int
     parameters: int | None
+    variant: Variant = ()  # the best combination of the axes' values, which all of the above is read at
+    variants: tuple[VariantSummary, ...] = ()  # every combination tried; () where there are no axes
+    control: dict[str, Edge] | None = None  # lr_train with gamma, beta and the output layer frozen, by threshold
+    control_diverge: Edge | None = None  # lr_diverge of the same
+    measures: Measures | None = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +323,7 @@ class Horizon:
     lead: float  # at the study's steps, in the metric's unit, positive: the winner leads
     lead_doubled: float
     reversed: bool
+    runner_up_steps: int | None = None  # the runner-up's own steps, where they are not the winner's
 
 
 @dataclass(frozen=True)
@@ -206,7 +341,7 @@ class Summary:
     reproduce: dict[str, str]  # command, versions, seeds, when, where
     seconds: float
     trials: int
-    version: int = field(default=1)
+    version: int = field(default=2)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from normwise.tuning.options import Options
 from normwise.tuning.records import Settings
-from normwise.tuning.search import seeds
+from normwise.tuning.seeds import seeds
 from normwise.tuning.user import name_of
 
 _PACKAGES = ("normwise", "torch", "optuna", "scipy", "scikit-learn")
@@ -32,7 +32,7 @@ def command(model: Any, data: Any, train: Any, options: Options) -> str:
     if all(isinstance(part, str) for part in in_python):
         words = ["normwise", "tune", model]
         for name, value in {**source, **asked}.items():
-            words += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else _joined(value)]
+            words += [f"--{name.replace('_', '-')}", *_word(value)]
         return shlex.join(words)
     given = [_shown(model), *([_shown(data)] if train is None else [f"train={_shown(train)}"])]
     return f"nw.tune({', '.join([*given, *(f'{name}={_shown(value)}' for name, value in asked.items())])})"
@@ -67,8 +67,11 @@ def _range(numbers: tuple[int, ...]) -> str:
     return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
 
 
-def _joined(value: Any) -> str:
-    return ",".join(value) if isinstance(value, list | tuple) else str(value)
+def _word(value: Any) -> list[str]:
+    """What follows an option: nothing after a switch, and several values with commas."""
+    if value is True:
+        return []
+    return [",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)]
 
 
 def _shown(value: Any) -> str:

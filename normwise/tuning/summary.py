@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import fmean, median, stdev
+from dataclasses import replace
+from statistics import fmean
 from typing import Any, TypeVar
 
-from scipy.special import stdtrit
-
+from normwise.tuning.axes import option, value_text, variant_text, variants
 from normwise.tuning.caveats import HEADLINE, caveats, fractions, ignores_steps, wording
-from normwise.tuning.judge import Wording, judge, rate_text
+from normwise.tuning.condense import CONFIDENCE, Layer, condense, of_phase
+from normwise.tuning.judge import judge
 from normwise.tuning.norms import NormChoice
-from normwise.tuning.outcomes import Trials, best_rate, diverge_edge, sensitivity, train_edges
-from normwise.tuning.records import Comparison, Edge, Horizon, NormSummary, Phase, Record, Settings, Summary, Verdict
-from normwise.tuning.search import confirmation_scores, declared_rates, imputed_score, reference_loss, selection
+from normwise.tuning.rates import declared_rates
+from normwise.tuning.records import (
+    Comparison,
+    Edge,
+    Horizon,
+    Measures,
+    NormSummary,
+    Record,
+    Settings,
+    Summary,
+    Variant,
+    VariantSummary,
+    Verdict,
+)
+from normwise.tuning.search import best_choices, confirmation_scores, imputed_score
+from normwise.tuning.sentence import Wording, rate_text
 
-CONFIDENCE = 0.95
 MISSING = "-"
 Number = TypeVar("Number", int, float)
+Item = TypeVar("Item")
 HEADER = (
     "normalization",
     "score",
@@ -58,16 +70,20 @@ def summarize(
         label: Layer(label, declaration, described[label], parameters.get(label), (ms_per_step or {}).get(label))
         for label, declaration in settings.norms
     }
-    norms = tuple(_norm(settings, records, layers[label], scores.get(label, ()), chance) for label in layers)
+    best = best_choices(settings, records)
+    norms = tuple(
+        condense(settings, records, layer, best.get(label), scores.get(label, ()), chance)
+        for label, layer in layers.items()
+    )
     verdict = _withheld(_judged(settings, norms), tuple(fractions(settings, norms)))
     repeated = ignores_steps(settings, norms)
     horizon = None if repeated else _horizon(settings, records, verdict, scores, chance)
-    rates = declared_rates(settings)
+    rates = [lr for variant in variants(settings) for lr in declared_rates(settings.at(variant))]
     return Summary(
         settings=settings,
         facts=dict(facts),
         chance=chance,
-        lr_range=(rates[0], rates[-1]),
+        lr_range=(min(rates), max(rates)),
         norms=norms,
         verdict=verdict,
         horizon=horizon,
@@ -79,8 +95,16 @@ def summarize(
 
 
 def rows(summary: Summary) -> list[tuple[str, ...]]:
-    """The results as a table of text, the heading first, then one row a normalization."""
-    return [HEADER, *(_row(norm, wording(summary.settings)) for norm in summary.norms)]
+    """The results as a table of text, the heading first, then one row a normalization.
+
+    Each axis is a column, after the best learning rate, with the value that goes with it.
+    """
+    axes = [name for name, _ in summary.settings.axes]
+    header, *body = [HEADER, *(_row(norm, wording(summary.settings)) for norm in summary.norms)]
+    at = HEADER.index("lr_best") + 1
+    best = [dict(norm.variant) for norm in summary.norms]
+    named = [tuple(map(option, axes)), *(tuple(value_text(own[name]) for name in axes) for own in best)]
+    return [(*row[:at], *own, *row[at:]) for row, own in zip([header, *body], named, strict=True)]
 
 
 def summary_from_dict(data: dict[str, Any]) -> Summary:
@@ -108,101 +132,41 @@ def _norm_from_dict(data: dict[str, Any]) -> NormSummary:
         **{
             **data,
             **{phase: tuple(Record.from_dict(record) for record in data[phase]) for phase in phases},
-            "lr_train": {share: Edge(**edge) for share, edge in data["lr_train"].items()},
+            "lr_train": _edges(data["lr_train"]),
             "lr_diverge": Edge(**data["lr_diverge"]),
             "scores": tuple(data["scores"]),
+            "variant": _variant(data["variant"]),
+            "variants": tuple(_variant_from_dict(own) for own in data["variants"]),
+            "control": _optional(_edges, data["control"]),
+            "control_diverge": _optional(_edge, data["control_diverge"]),
+            "measures": _optional(Measures.from_dict, data["measures"]),
         }
     )
 
 
+def _variant_from_dict(data: dict[str, Any]) -> VariantSummary:
+    variant, lr_train = _variant(data["variant"]), _optional(_edge, data["lr_train"])
+    return VariantSummary(**{**data, "variant": variant, "lr_train": lr_train})
+
+
+def _variant(pairs: Iterable[Sequence[Any]]) -> Variant:
+    return tuple((name, value) for name, value in pairs)
+
+
+def _edge(data: dict[str, Any]) -> Edge:
+    return Edge(**data)
+
+
+def _edges(data: dict[str, dict[str, Any]]) -> dict[str, Edge]:
+    return {share: _edge(edge) for share, edge in data.items()}
+
+
+def _optional(read: Callable[[Any], Item], data: Any) -> Item | None:
+    return None if data is None else read(data)
+
+
 def _verdict_from_dict(data: dict[str, Any]) -> Verdict:
     return Verdict(**{**data, "comparisons": tuple(Comparison(**pair) for pair in data["comparisons"])})
-
-
-# One normalization
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What is known of a normalization besides its trials."""
-
-    label: str
-    declaration: str
-    described: str
-    parameters: int | None
-    ms_per_step: float | None
-
-
-def _norm(
-    settings: Settings, records: Sequence[Record], layer: Layer, scores: tuple[float, ...], chance: float | None
-) -> NormSummary:
-    label = layer.label
-    trials = selection(settings, records, label)
-    confirmation = _phase(records, label, "confirm")
-    lr_best = best_rate(trials, settings.direction)
-    lr_train = _train_edges(settings, records, trials, chance)
-    low, high = _within_percent(settings, mean_interval(scores))
-    weights = [r.weight_norm for r in confirmation if r.weight_norm is not None]
-    return NormSummary(
-        label=label,
-        declaration=layer.declaration,
-        described=layer.described,
-        lr_best=lr_best,
-        lr_train=lr_train,
-        lr_diverge=diverge_edge(trials),
-        margin_octaves=_octaves(lr_train.get(HEADLINE), lr_best),
-        sensitivity=sensitivity(trials, declared_rates(settings)),
-        selection=_phase(records, label, "select"),
-        confirmation=confirmation,
-        horizon=_phase(records, label, "horizon"),
-        scores=scores,
-        mean=fmean(scores) if scores else None,
-        median=median(scores) if scores else None,
-        low=low,
-        high=high,
-        failures=sum(r.outcome != "trains" for r in confirmation),
-        ms_per_step=layer.ms_per_step,
-        weight_norm=median(weights) if weights else None,
-        trials=sum(r.request.norm == label for r in records),
-        parameters=layer.parameters,
-    )
-
-
-def mean_interval(scores: Sequence[float]) -> tuple[float | None, float | None]:
-    """The 95 % interval of a mean by Student's t; None with fewer than two scores.
-
-    >>> [round(end, 2) for end in mean_interval([1.0, 2.0, 3.0])]
-    [-0.48, 4.48]
-    """
-    if len(scores) < 2:
-        return None, None
-    half = float(stdtrit(len(scores) - 1, (1 + CONFIDENCE) / 2)) * stdev(scores) / math.sqrt(len(scores))
-    return fmean(scores) - half, fmean(scores) + half
-
-
-def _within_percent(settings: Settings, ends: tuple[float | None, float | None]) -> tuple[float | None, float | None]:
-    """An accuracy lies between 0 and 100 %, so its interval may end there and loses nothing."""
-    low, high = ends
-    if low is None or high is None or settings.metric != "accuracy" or settings.unit != "%":
-        return ends
-    return max(low, 0.0), min(high, 100.0)
-
-
-def _phase(records: Sequence[Record], label: str, phase: Phase) -> tuple[Record, ...]:
-    own = (r for r in records if r.request.norm == label and r.request.phase == phase)
-    return tuple(sorted(own, key=lambda r: (r.request.lr, r.request.seed)))
-
-
-def _train_edges(
-    settings: Settings, records: Sequence[Record], trials: Trials, chance: float | None
-) -> dict[str, Edge]:
-    """The training edges; none where no losses were logged, because nothing can be held against a threshold."""
-    reference = reference_loss(settings, records, chance)
-    return {} if reference is None else train_edges(trials, reference, own_loop=settings.own_loop)
-
-
-def _octaves(edge: Edge | None, lr_best: float | None) -> float | None:
-    return None if edge is None or edge.mean is None or lr_best is None else math.log2(edge.mean / lr_best)
 
 
 # The study
@@ -217,6 +181,7 @@ def _judged(settings: Settings, norms: Sequence[NormSummary]) -> Verdict:
         confidence=CONFIDENCE,
         simplicity={norm.label: NormChoice(norm.label, norm.declaration).simplicity for norm in norms},
         rates={norm.label: norm.lr_best for norm in norms if norm.lr_best is not None},
+        combinations={norm.label: variant_text(norm.variant) for norm in norms},
         trained={norm.label: _trained(norm) for norm in norms},
     )
 
@@ -241,21 +206,27 @@ def _horizon(
 ) -> Horizon | None:
     """The lead at twice the steps; reversed when the runner-up then leads by more than the seeds' noise."""
     worst, sign = imputed_score(settings, records, chance), 1.0 if settings.direction == "max" else -1.0
-    if verdict.runner_up is None or worst is None or settings.steps is None:
+    if verdict.runner_up is None or worst is None:
         return None
     pair = (verdict.winner, verdict.runner_up)
-    rerun = {label: _phase(records, label, "horizon") for label in pair}
+    rerun = {label: of_phase(records, label, "horizon") for label in pair}
     if not all(rerun.values()):
         return None
+    steps, others = (_steps(rerun[label][0]) // 2 for label in pair)
     doubled = {label: [worst if r.score is None else r.score for r in rerun[label]] for label in pair}
     again = judge(doubled, direction=settings.direction, margin=0.0, confidence=CONFIDENCE)
     return Horizon(
         *pair,
-        steps=settings.steps,
+        steps=steps,
         lead=sign * (fmean(scores[pair[0]]) - fmean(scores[pair[1]])),
         lead_doubled=sign * (fmean(doubled[pair[0]]) - fmean(doubled[pair[1]])),
         reversed=again.winner == verdict.runner_up and again.kind == "better",
+        runner_up_steps=None if others == steps else others,
     )
+
+
+def _steps(record: Record) -> int:
+    return record.request.steps or 0
 
 
 # Text

@@ -12,12 +12,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from normwise.errors import StudyError
+from normwise.tuning.control import Freezer
 from normwise.tuning.data import Split
 from normwise.tuning.records import Settings
 from normwise.tuning.user import resolve
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+WEIGHT_DECAY = {"sgd": 0.0, "momentum": 0.0, "adamw": 0.01}  # torch's defaults
 _EVALUATION_BATCH = 1024
 
 
@@ -25,23 +27,46 @@ class Training:
     """A model on its way: `step()` takes one optimization step and returns the loss before it.
 
     The order of the data depends on `seed` alone: each epoch is a new permutation, of which full batches are taken and
-    the rest is left out; data smaller than one batch are one batch.
+    the rest is left out; data smaller than one batch are one batch. `freezer` freezes part of the model after the first
+    forward.
     """
 
     def __init__(
-        self, model: nn.Module, data: Split, settings: Settings, loss: Loss, *, lr: float, seed: int, steps: int
+        self,
+        model: nn.Module,
+        data: Split,
+        settings: Settings,
+        loss: Loss,
+        *,
+        lr: float,
+        seed: int,
+        steps: int,
+        freezer: Freezer | None = None,
     ) -> None:
         self.model = model.train()
+        self._freezer = freezer
         self._settings, self._loss, self._lr, self._steps = settings, loss, lr, steps
         self._batches = batches(data, settings.batch_size, seed)
+        self._next: tuple[Tensor, Tensor] | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._schedule: LRScheduler | None = None
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer; of a model with lazy layers after the first step only."""
+        return self._optimizer or self._prepare()
+
+    def peek(self) -> tuple[Tensor, Tensor]:
+        """The batch of the next step."""
+        if self._next is None:
+            self._next = next(self._batches)
+        return self._next
+
     def step(self) -> float:
         """Forward, backward, update; the training loss of this batch."""
-        inputs, targets = next(self._batches)
+        (inputs, targets), self._next = self.peek(), None
         loss = self._loss(self.model(inputs), targets)
-        optimizer = self._optimizer or self._prepare()
+        optimizer = self.optimizer
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -55,21 +80,29 @@ class Training:
 
     def _prepare(self) -> torch.optim.Optimizer:
         """The optimizer, made after the first forward, which gives lazy layers their parameters."""
-        self._optimizer = make_optimizer(self._settings.optimizer, self.model, self._lr)
+        if self._freezer is not None:
+            self._freezer.freeze()
+        self._optimizer = make_optimizer(self._settings.optimizer, self.model, self._lr, self._settings.weight_decay)
         if self._settings.schedule == "cosine":
             self._schedule = CosineAnnealingLR(self._optimizer, self._steps)
         return self._optimizer
 
 
-def make_optimizer(name: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """SGD, SGD with momentum 0.9, or AdamW with torch's defaults.
+def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float | None = None) -> torch.optim.Optimizer:
+    """SGD, SGD with momentum 0.9, or AdamW, with torch's defaults, for all parameters that are not frozen.
+
+    AdamW's weight decay is decoupled from the gradient, SGD's is added to it (an L2 penalty); both spare nothing.
 
     >>> make_optimizer("momentum", nn.Linear(1, 1), 0.5).defaults["momentum"]
     0.9
+    >>> make_optimizer("adamw", nn.Linear(1, 1), 0.5, 0.1).defaults["weight_decay"]
+    0.1
     """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decay = WEIGHT_DECAY[name] if weight_decay is None else weight_decay
     if name == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr)
-    return torch.optim.SGD(model.parameters(), lr, momentum=0.9 if name == "momentum" else 0.0)
+        return torch.optim.AdamW(parameters, lr, weight_decay=decay)
+    return torch.optim.SGD(parameters, lr, momentum=0.9 if name == "momentum" else 0.0, weight_decay=decay)
 
 
 def batches(data: Split, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

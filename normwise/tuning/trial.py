@@ -20,14 +20,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from normwise.errors import NormwiseError, StudyError
+from normwise.tuning.axes import variant_text
+from normwise.tuning.control import Freezer, Kept
 from normwise.tuning.data import Data
 from normwise.tuning.models import Architecture
-from normwise.tuning.norms import NormChoice
+from normwise.tuning.norms import NormChoice, NormFactory
 from normwise.tuning.records import Outcome, Phase, Record, Request, Settings
 from normwise.tuning.seeding import seeded
 from normwise.tuning.training import Loss, Training, accuracy, predict, weight_norm
 from normwise.tuning.user import blame, one_line
 
+TESTED = ("confirm", "horizon")  # test data decide nothing, and are looked at when nothing is left to decide
 TRAINS = 0.5  # of chance, or of the first loss of the user's own loop
 _POINTS = 100  # of a stored loss curve
 _WEIGHT_POINTS = 20  # of a stored curve of the weights' norm
@@ -79,30 +82,46 @@ def run(problem: Problem, request: Request) -> Record:
     """
     started = time.perf_counter()
     with redirect_stdout(sys.stderr), seeded(request.seed), blame(f"trial ({describe(request)}) raised"):
-        choice = problem.choices[request.norm]
-        model = problem.architecture.build(choice).to(problem.settings.device)
-        record = _own_loop(problem, request, model) if problem.data is None else _built_in(problem, request, model)
+        fixed = replace(problem, settings=problem.settings.at(request.variant))
+        kept = Kept(fixed.choices[request.norm])
+        model = build(fixed, kept)
+        record = _own_loop(fixed, request, model) if fixed.data is None else _built_in(fixed, request, model, kept)
     return replace(record, seconds=time.perf_counter() - started)
+
+
+def build(problem: Problem, norm: NormFactory) -> nn.Module:
+    """A new network of the problem, with the start and the placement of its settings, on its device."""
+    settings = problem.settings
+    model = problem.architecture.build(norm, start=settings.start, placement=settings.placement)
+    return model.to(settings.device)
 
 
 def describe(request: Request) -> str:
     """The trial in a few words.
 
-    >>> describe(Request("select", "batch", 0.1, 3, 200))
-    'batch at learning rate 0.1, seed 3, select'
+    >>> describe(Request("select", "batch", 0.1, 3, 200, (("batch_size", 8),)))
+    'batch at learning rate 0.1, batch size 8, seed 3, select'
     """
-    return f"{request.norm} at learning rate {request.lr:.4g}, seed {request.seed}, {request.phase}"
+    at = ", ".join(filter(None, [f"learning rate {request.lr:.4g}", variant_text(request.variant)]))
+    return f"{request.norm} at {at}, seed {request.seed}, {request.phase}"
 
 
 # -------------------------------------------------------------------------------------------------- built-in training
 
 
-def _built_in(problem: Problem, request: Request, model: nn.Module) -> Record:
+def _built_in(problem: Problem, request: Request, model: nn.Module, kept: Kept) -> Record:
     if problem.data is None or request.steps is None:
         raise StudyError("built-in training needs data and a number of steps")
     data = problem.data.to(problem.settings.device)
     training = Training(
-        model, data.train, problem.settings, problem.loss, lr=request.lr, seed=request.seed, steps=request.steps
+        model,
+        data.train,
+        problem.settings,
+        problem.loss,
+        lr=request.lr,
+        seed=request.seed,
+        steps=request.steps,
+        freezer=Freezer(model, kept.made) if request.phase == "control" else None,
     )
     losses, weights = _train(training, request.steps)
     record = replace(_logged(request, list(enumerate(losses, start=1))), weights=thin(weights))
@@ -112,7 +131,7 @@ def _built_in(problem: Problem, request: Request, model: nn.Module) -> Record:
     val_loss = problem.loss(outputs, data.validation.targets).item()
     score = _score(problem, outputs, data.validation.targets, val_loss)
     record = replace(record, val_loss=_finite(val_loss), weight_norm=_finite(weight_norm(model)))
-    if request.phase != "select":  # test data decide nothing, and are looked at only when nothing is left to decide
+    if request.phase in TESTED:
         outputs = predict(model, data.test.inputs)
         test_loss = problem.loss(outputs, data.test.targets).item()
         score = _score(problem, outputs, data.test.targets, test_loss)

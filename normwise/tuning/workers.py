@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import as_completed
+from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from types import TracebackType
@@ -55,15 +55,26 @@ def pack(problem: Problem) -> bytes | None:
 class Serial(AbstractContextManager["Serial"]):
     """Trials one after the other in this process, with one thread as in a worker."""
 
+    size = 1  # trials at a time
+
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
 
     def run(self, requests: Iterable[Request]) -> Iterator[Record]:
         """The records, in the order of the requests."""
         for request in requests:
-            with one_thread():
-                record = run(self._problem, request)
-            yield record
+            yield self.result(self.submit(request))
+
+    def submit(self, request: Request) -> Future[Record]:
+        """Run a trial, to its end."""
+        future: Future[Record] = Future()
+        with one_thread():
+            future.set_result(run(self._problem, request))
+        return future
+
+    def result(self, future: Future[Record]) -> Record:
+        """The record of a trial."""
+        return future.result()
 
     def __exit__(self, *_: object) -> None:
         pass
@@ -73,6 +84,7 @@ class Pool(AbstractContextManager["Pool"]):
     """Trials in worker processes, as many at a time as there are workers."""
 
     def __init__(self, packed: bytes, workers: int) -> None:
+        self.size = workers
         self._executor = ProcessPoolExecutor(
             max_workers=workers, initializer=_start, initargs=(packed, tuple(sys.path), os.getpid()), env=_THREADS
         )
@@ -82,16 +94,21 @@ class Pool(AbstractContextManager["Pool"]):
 
         Raises StudyError when a trial fails, or when a worker dies, as it does when memory runs out.
         """
-        with _interrupts_blocked():
-            futures = [self._executor.submit(_work, request) for request in requests]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise StudyError(
-                "a worker process died in the middle of a trial, most likely for want of memory; "
-                "try fewer workers, or a smaller batch"
-            ) from error
+        for future in as_completed([self.submit(request) for request in requests]):
+            yield self.result(future)
+
+    def submit(self, request: Request) -> Future[Record]:
+        """Hand a trial to the workers, and return at once."""
+        with _interrupts_blocked(), _deaths_told():
+            return self._executor.submit(_work, request)  # type: ignore[no-any-return]
+
+    def result(self, future: Future[Record]) -> Record:
+        """The record of a trial that has ended.
+
+        Raises StudyError when the trial failed, or when a worker died, as it does when memory runs out.
+        """
+        with _deaths_told():
+            return future.result()
 
     def __enter__(self) -> Self:
         return self
@@ -100,6 +117,17 @@ class Pool(AbstractContextManager["Pool"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._executor.shutdown(wait=True, kill_workers=kind is not None)
+
+
+@contextmanager
+def _deaths_told() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise StudyError(
+            "a worker process died in the middle of a trial, most likely for want of memory; "
+            "try fewer workers, or a smaller batch"
+        ) from error
 
 
 @contextmanager

@@ -41,6 +41,22 @@ function drawOnPaper(on) {
   draw();
 }
 
+// A button at each piece of code; without a clipboard, code is still text to select.
+function offerCopy(block) {
+  const frame = document.createElement("div");
+  const button = Object.assign(document.createElement("button"), { className: "copy", type: "button", textContent: "Copy" });
+  frame.className = "code";
+  block.replaceWith(frame);
+  frame.append(block, button);
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(block.textContent.trim());
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  });
+}
+
+if (navigator.clipboard) document.querySelectorAll("pre").forEach(offerCopy);
+
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 matchMedia("print").addEventListener("change", (event) => drawOnPaper(event.matches));
 addEventListener("beforeprint", () => drawOnPaper(true));
