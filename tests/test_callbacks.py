@@ -69,6 +69,24 @@ def test_hugging_faces_trainer(tmp_path: Path) -> None:
     assert rows[1]["lr"] < rows[0]["lr"]  # the schedule is linear
 
 
+def test_a_model_that_the_trainer_does_not_call() -> None:
+    callback = nw.Monitor(nn.Linear(1, 1)).hugging_face()
+    callback.on_step_begin(None, None, None)
+    with pytest.warns(
+        UserWarning, match="the model was not called in this step: give the monitor the one that the Tra"
+    ):
+        callback.on_pre_optimizer_step(None, None, None)
+
+
+def test_no_hook_stays_when_a_training_ends_with_an_exception() -> None:
+    """The step's first call takes the hook away, so that there is none when its backward pass fails."""
+    model = nn.Linear(1, 1)
+    nw.Monitor(model).hugging_face().on_step_begin(None, None, None)
+    assert model._forward_pre_hooks
+    model(torch.ones(1, 1))
+    assert not model._forward_pre_hooks
+
+
 # ---------------------------------------------------------------------------------------------------------- Lightning
 
 
@@ -131,3 +149,12 @@ def test_lightnings_trainer(tmp_path: Path, loss: Any) -> None:
     rows = monitor.history.rows()
     assert [row["step"] for row in rows] == [0, 4]
     assert all(row["largest"] > 0 and row["threshold"] == pytest.approx(20) for row in rows)
+
+
+def test_a_training_step_that_takes_the_optimizers_steps_itself_is_not_run() -> None:
+    module = lightning_module()
+    module.automatic_optimization = False
+    monitor = nw.Monitor(module, measures=["sharpness"])
+    with pytest.warns(UserWarning, match="training_step takes the optimizer's steps itself: give the monitor a loss"):
+        monitor.lightning().on_train_batch_start(None, module, (torch.ones(2, 4), torch.ones(2, 1)), 0)
+    assert monitor.history.snapshots[0].results == {}

@@ -14,21 +14,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import optuna
 import postgres
 import pytest
 import torch
-from optuna.trial import TrialState
+from shared_studies import call, outcomes, trials
+from shared_studies import folder as folder
+from shared_studies import server as server
+from shared_studies import url as url
 from torch import nn
 
-from normwise import cli
 from normwise.errors import StudyError
-from normwise.study import Study, StudyInterrupted, gather, join, tune
+from normwise.study import gather, tune
 from normwise.tuning import address, shared, storage
-from normwise.tuning.joining import Asked
-from normwise.tuning.place import Place
-from normwise.tuning.records import Record, Request, Settings
-from normwise.tuning.shared import Claim, Queue
+from normwise.tuning.records import Request
+from normwise.tuning.shared import Queue
 
 pytestmark = pytest.mark.skipif(not postgres.available(), reason="PostgreSQL is not installed")
 
@@ -39,54 +38,13 @@ address.HEARTBEAT_SECONDS, address.GRACE_SECONDS = 1, 2
 from normwise.cli import main
 main()
 """
-LOOP = """
-import os, time
-from pathlib import Path
-import torch
-
-def model(norm):
-    return torch.nn.Sequential(torch.nn.Linear(2, 2), norm(2))
-
-def train(model, lr, seed, trial):
-    with Path(f"calls-{os.getpid()}").open("a") as file:
-        file.write(f"{trial.phase} {lr} {seed}\\n")
-    if "STUCK" in os.environ and len(Path(f"calls-{os.getpid()}").read_text().splitlines()) == 3:
-        Path("stuck").touch()
-        time.sleep(600)
-    while "STUCK" not in os.environ and not Path("go").exists():
-        time.sleep(0.02)
-    return 50 + 10 * lr + torch.rand(1).item()
-"""
 WORDS = ["--norms", "batch,none", "--lrs", "0.1:1:5", "--seeds", "2", "--confirm", "3"]
 ASKED: dict[str, Any] = {"norms": "batch,none", "lrs": "0.1:1:5", "seeds": 2, "confirm": 3}
 TRIALS = 2 * 5 * 2 + 2 * 3
 
 SMALL: dict[str, Any] = {"norms": "batch,none", "lrs": (0.25, 1.0), "seeds": 1, "confirm": 2, "progress": False}
 QUIET: dict[str, Any] = {**SMALL, "workers": 0}
-
-
 Start = Callable[..., subprocess.Popen[str]]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[postgres.Server]:
-    with postgres.server() as running:
-        yield running
-
-
-@pytest.fixture
-def url(server: postgres.Server, tmp_path: Path) -> str:
-    """The address of an empty database."""
-    return server.create(f"test_{tmp_path.name[-30:].strip('_').lower()}")
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "loop.py").write_text(LOOP)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "loop", raising=False)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def deep(norm: Any) -> nn.Module:
@@ -138,15 +96,6 @@ def start(folder: Path) -> Iterator[Start]:
             process.communicate()
 
 
-def call(*words: str) -> int:
-    """Run the command in this process; its exit code."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sys, "argv", ["normwise", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    return int(ended.value.code or 0)
-
-
 def wait_until(what: Callable[[], bool], *processes: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
     while not what():
@@ -156,20 +105,9 @@ def wait_until(what: Callable[[], bool], *processes: subprocess.Popen[str]) -> N
         time.sleep(0.02)
 
 
-def outcomes(study: Study) -> list[tuple[Request, float | None]]:
-    return [(record.request, record.score) for record in study.records]
-
-
-def trials(url: str, name: str) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name=name, storage=address.connect(url)).trials
-
-
 def finished(url: str, name: str) -> Counter[Any]:
     """How often each request was finished."""
     return Counter(storage.request_of(trial) for trial in trials(url, name) if trial.state in storage.KEPT)
-
-
-# ------------------------------------------------------------------------------------------------------ whole studies
 
 
 @pytest.mark.slow
@@ -329,259 +267,3 @@ def test_two_studies_do_not_disturb_one_another(url: str) -> None:
         tune(deep, train=score, **QUIET, storage=url, study="one")
     tune(deep, train=score, **QUIET, storage=url, study="one", force=True)
     assert outcomes(gather(url, "two")) == outcomes(two)
-
-
-# --------------------------------------------------------------------------------------------------------- the queue
-
-LITTLE = Settings("mlp", "digits", (("batch", "batch"),), lrs=(0.1, 0.2), seeds=1, confirm=2, steps=None)
-FIRST, SECOND = (Request("select", "batch", lr, 0, None) for lr in (0.1, 0.2))
-
-
-def told(message: str) -> None:
-    raise AssertionError(message)
-
-
-@pytest.fixture(params=["postgresql", "sqlite"])
-def address_(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The address of an empty database of either kind."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'shared.db'}"
-    return str(request.getfixturevalue("url"))
-
-
-def queues(url: str) -> tuple[Queue, Queue]:
-    storage.create(url, "one", LITTLE, {})
-    first, second = (Queue(storage.open_study(url, "one"), None, told) for _ in range(2))
-    return first, second
-
-
-def claimed(queue: Queue) -> Claim:
-    claim = queue.claim()
-    assert claim is not None
-    return claim
-
-
-def test_a_request_that_was_enqueued_twice_is_run_once(address_: str) -> None:
-    mine, other = queues(address_)
-    store = storage.open_study(address_, "one")
-    store.enqueue(FIRST)
-    store.enqueue(FIRST)
-    assert claimed(mine).request == FIRST
-    assert claimed(other).request == SECOND
-    assert [trial.state.name for trial in trials(address_, "one")] == ["RUNNING", "FAIL", "RUNNING"]
-    assert mine.claim() is None
-    assert not mine.complete
-
-
-def test_a_trial_without_a_sign_of_life_is_retried_and_its_late_result_refused(
-    address_: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(address, "HEARTBEAT_SECONDS", 1)
-    monkeypatch.setattr(address, "GRACE_SECONDS", 1)
-    slow, quick = queues(address_)
-    late = claimed(slow)
-    time.sleep(2.1)  # SQLite counts in whole seconds
-    again = [claimed(quick), claimed(quick)]
-    assert late.request in [claim.request for claim in again]
-    retried = next(claim for claim in again if claim.request == late.request)
-    assert quick.keep(retried, Record(late.request, "trains", score=2.0))
-    assert not slow.keep(late, Record(late.request, "trains", score=1.0))
-    assert [record.score for record in storage.open_study(address_, "one").records()] == [2.0]
-
-
-def test_a_trial_with_signs_of_life_is_left_alone(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(address, "HEARTBEAT_SECONDS", 1)
-    monkeypatch.setattr(address, "GRACE_SECONDS", 2)
-    slow, quick = queues(url)
-    with slow.alive():
-        claim, _ = claimed(slow), claimed(slow)
-        time.sleep(3.2)
-        assert quick.claim() is None
-        assert slow.keep(claim, Record(claim.request, "trains", score=1.0))
-    assert claimed(quick).request == ({FIRST, SECOND} - {claim.request}).pop()  # it was given back
-
-
-def test_a_lost_answer_is_not_taken_for_a_refusal(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine, _ = queues(url)
-    claim = claimed(mine)
-    finish = storage.Store.finish
-
-    def unheard(store: storage.Store, trial_id: int, record: Record) -> None:
-        finish(store, trial_id, record)
-        monkeypatch.setattr(storage.Store, "finish", finish)
-        raise optuna.exceptions.StorageInternalError("gone") from shared.sqlalchemy.exc.OperationalError("", {}, None)
-
-    monkeypatch.setattr(storage.Store, "finish", unheard)
-    monkeypatch.setattr(mine, "_say", lambda message: None)
-    assert mine.keep(claim, Record(claim.request, "diverged"))
-
-
-def test_a_study_that_was_deleted_ends_its_workers(url: str) -> None:
-    mine, _ = queues(url)
-    storage.open_study(url, "one").discard()
-    with pytest.raises(StudyError) as caught:
-        mine.claim()
-    hidden = url.replace(postgres.PASSWORD, "***")
-    assert str(caught.value) == f"the study is no longer in the storage {hidden}: it was deleted"
-
-
-# --------------------------------------------------------------------------------------------------------- the worker
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'shared.db'}"
-
-
-def begin(file: str, data: Any = None, **options: Any) -> None:
-    """A study with one finished trial."""
-    given = {"train": at(2, interrupt)} if data is None else {"data": data}
-    model = deep if data is None else "mlp"
-    with pytest.raises(StudyInterrupted):
-        tune(model, **given, **{**QUIET, **options}, storage=file, study="one")
-
-
-def test_a_worker_in_python_finishes_what_another_began(file: str) -> None:
-    begin(file)
-    study = tune(deep, train=score_as_begun(), storage=file, study="one", worker=True, workers=0, progress=False)
-    assert outcomes(study) == outcomes(tune(deep, train=score, **QUIET))
-    assert study.out is None
-
-
-def test_an_interrupted_worker_gives_its_trial_back(file: str) -> None:
-    begin(file)
-    with pytest.raises(StudyInterrupted) as caught:
-        tune(deep, train=at(1, interrupt), storage=file, study="one", worker=True, workers=0, progress=False)
-    assert str(caught.value) == "interrupted; what was running is given back to the study 'one'"
-    assert Counter(trial.state.name for trial in trials(file, "one")) == {"COMPLETE": 1, "FAIL": 2}
-
-
-def test_a_worker_whose_trial_fails_says_so_and_gives_it_back(file: str) -> None:
-    def fail() -> None:
-        raise RuntimeError("out of luck")
-
-    begin(file)
-    with pytest.raises(StudyError, match=r"^trial \(.*\) raised RuntimeError: out of luck"):
-        tune(deep, train=at(1, fail), storage=file, study="one", worker=True, workers=0, progress=False)
-    assert TrialState.RUNNING not in {trial.state for trial in trials(file, "one")}
-
-
-def test_a_report_of_an_unfinished_study_says_how_far_it_is(file: str, tmp_path: Path) -> None:
-    begin(file)
-    with pytest.raises(StudyError) as caught:
-        gather(file, "one", tmp_path / "out")
-    assert str(caught.value) == (
-        "the study 'one' is not finished: 1 of about 8 trials are done, and the next 3 are to be run; "
-        "a worker can join it with normwise tune --worker"
-    )
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "text"),
-    [
-        ("report", "a report is made of a folder, or with --storage, --study and perhaps --out"),
-        ("report runs --out x", "a report is made of a folder, or with --storage, --study and perhaps --out"),
-        (
-            "report --storage sqlite:///none.db --study one",
-            "the storage sqlite:///none.db has no study named 'one'; there is none at all",
-        ),
-        ("tune --study one", "study='one' names a study in a storage: give the storage as well"),
-        ("tune --worker --study one", "a worker joins a study that others can reach: give its storage"),
-        (
-            "tune --worker --study one --storage sqlite:///none.db --wait 0",
-            "the storage sqlite:///none.db has no study named 'one'; there is none at all",
-        ),
-        ("tune --worker --study one --storage sqlite:///none.db --json", "json does nothing with worker"),
-    ],
-)
-def test_what_is_asked_wrongly_is_one_line(
-    words: str, text: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(*words.split()) == 2
-    assert capsys.readouterr() == ("", f"error: {text}\n")
-    assert not (folder / "runs").exists()
-
-
-def test_a_report_does_not_replace_that_of_another_study(file: str, tmp_path: Path) -> None:
-    tune(deep, train=score, **QUIET, out=tmp_path / "out")
-    before = (tmp_path / "out" / "report.html").read_text()
-    tune(deep, train=score, **{**QUIET, "confirm": 3}, storage=file, study="one")
-    with pytest.raises(StudyError, match=r"/out holds the report of another study: --out names another folder$"):
-        gather(file, "one", tmp_path / "out")
-    assert (tmp_path / "out" / "report.html").read_text() == before
-
-
-def sets(shift: float) -> Any:
-    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
-    return tuple((x + shift, (x[:, 0] > 0).long()) for _ in range(3))
-
-
-def test_a_worker_with_other_data_is_refused(file: str) -> None:
-    tune("mlp", sets(0.0), **QUIET, steps=2, storage=file, study="one")
-    with pytest.raises(StudyError, match=r"^the study was started with another data fingerprint: \w+, was \w+$"):
-        tune("mlp", sets(1.0), storage=file, study="one", worker=True, workers=0, progress=False)
-
-
-def test_a_worker_with_other_settings_is_refused(file: str) -> None:
-    begin(file)
-    with pytest.raises(StudyError) as caught:
-        tune(deep, train=score, storage=file, study="one", worker=True, workers=0, progress=False)
-    assert str(caught.value) == (
-        "the study was started with other settings: data ('test_many_machines:score', was "
-        "'test_many_machines:at.<locals>.train'); a worker runs what the study says"
-    )
-
-
-def test_other_versions_are_noted(file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    begin(file)
-    store = storage.open_study(file, "one")
-    known = store.recall("background")
-    known["reproduce"]["versions"] = "Python 3.99"
-    store.note("background", known)
-    tune(deep, train=score_as_begun(), storage=file, study="one", worker=True, workers=0)
-    said = capsys.readouterr().err
-    assert "note: versions differ, and so may numbers: here Python 3." in said
-    assert "where the study was begun Python 3.99\n" in said
-
-
-@pytest.mark.parametrize(
-    ("given", "text"),
-    [
-        ({"storage": None}, "a worker joins a study that others can reach: give its storage"),
-        ({"study": None}, "a worker joins a study that others can reach: give its study"),
-        ({"out": "x"}, "out does nothing with worker: a worker writes into the storage alone"),
-        ({"resume": True}, "resume does nothing with worker: a worker writes into the storage alone"),
-        ({"workers": -2}, "workers=-2: must be 0 (this process) or more"),
-        ({"seeds": 5}, "seeds=5 does nothing with worker: the study says what is run; leave it out"),
-        (
-            {"model": "mlp", "train": None},
-            "the study 'one' was begun in Python with a model and a train that has no name in a shell; "
-            "join it from Python: nw.tune(make_model, data, storage=..., study='one', worker=True)",
-        ),
-    ],
-)
-def test_what_a_worker_cannot_do(given: dict[str, Any], text: str, file: str) -> None:
-    begin(file)
-    asked: dict[str, Any] = {"model": deep, "train": score_as_begun(), "storage": file, "study": "one", "workers": 0}
-    with pytest.raises(StudyError) as caught:
-        tune(**{**asked, "worker": True, "progress": False, **given})
-    assert str(caught.value) == text
-
-
-def test_a_study_that_is_not_there(file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    asked, place = Asked("mlp", "digits"), Place(0, file, study="ome")
-    with pytest.raises(StudyError) as caught:
-        join(asked, place, wait=0.0)
-    assert str(caught.value) == f"the storage {file} has no study named 'ome'; there is none at all"
-    assert capsys.readouterr().err == ""
-    begin(file)
-    with pytest.raises(StudyError) as caught:
-        join(asked, place, wait=0.3)
-    assert str(caught.value) == f"the storage {file} has no study named 'ome'; there are one"
-    assert capsys.readouterr().err == f"waiting up to 0.3 s for the study 'ome' to begin in the storage {file}\n"
-
-
-def test_a_name_needs_a_storage() -> None:
-    with pytest.raises(StudyError, match=r"^study='one' names a study in a storage: give the storage as well$"):
-        tune(**QUIET, study="one")

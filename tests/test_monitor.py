@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import normwise as nw
 from normwise.errors import DiagnosisError
@@ -86,6 +87,18 @@ def test_what_cannot_be_measured_is_told_once_and_stops_nothing() -> None:
         monitor.step(batches(1)[0])
     monitor.step(batches(1)[0])
     assert [list(snapshot.failed) for snapshot in monitor.history.snapshots] == [["sharpness"]] * 2
+
+
+def test_an_error_of_torch_or_of_the_model_stops_nothing() -> None:
+    class Checkpointed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=True)
+
+    model = nn.Sequential(nn.Linear(4, 4), Checkpointed(4, 1))
+    monitor = nw.Monitor(model, LOSS, measures=["sharpness"])
+    with pytest.warns(UserWarning, match="^sharpness cannot be measured at step 0: RuntimeError: When use_reentrant="):
+        monitor.step(batches(1)[0])
+    assert monitor.history.snapshots[0].results == {}
 
 
 @pytest.mark.parametrize(

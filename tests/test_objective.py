@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from normwise.batches import moved
 from normwise.diagnose.objective import Objective, measuring, read, weight_norm
 from normwise.errors import DiagnosisError
 
@@ -42,6 +44,43 @@ def test_every_evaluation_begins_with_the_same_memory_and_random_numbers() -> No
         assert torch.equal(objective.gradient(), seen)
         twice = Objective(model, [given[0], given[0]], cross_entropy)
         assert len({loss.item() for loss, _ in twice.losses()}) == 1
+
+
+def test_an_evaluation_leaves_memory_and_random_numbers_as_they_were() -> None:
+    model, given = net(), data(8, 8)
+    with measuring(model, "train"):
+        objective = Objective(model, given, cross_entropy)
+        state, mean = torch.get_rng_state(), model[1].running_mean.clone()
+        objective.gradient()
+        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(model[1].running_mean, mean)
+
+
+def test_an_embedding_that_a_forward_scales_moves_with_the_others() -> None:
+    torch.manual_seed(0)
+    model, ids = nn.Embedding(5, 2, max_norm=100.0), torch.arange(5)
+    objective = Objective(model, [ids], lambda output, _: output.square().sum())
+    vector = torch.randn(objective.size)
+    with objective.moved(vector):
+        assert objective.value() == pytest.approx(float(model.weight.square().sum()), rel=1e-6)
+    torch.testing.assert_close(objective.gradient_change(vector, 0.1), 2 * vector, atol=1e-5, rtol=1e-4)
+
+
+def test_an_autocast_around_it_does_not_keep_weights_from_before_a_move() -> None:
+    model, batch = nn.Linear(3, 1, bias=False), (torch.ones(1, 3), torch.zeros(1, 1))
+    objective = Objective(model, [batch], lambda output, _: output.sum())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(2):
+            here = objective.value_and_gradient()[0]
+            with objective.moved(torch.ones(3)):
+                assert objective.value_and_gradient()[0] == pytest.approx(here + 3, abs=0.05)
+
+
+def test_complex_parameters_are_refused() -> None:
+    model = nn.Linear(3, 1, dtype=torch.complex64)
+    with pytest.raises(DiagnosisError) as caught:
+        Objective(model, data(4))
+    assert str(caught.value) == "a parameter is complex: hold its real and imaginary parts (torch.view_as_real)"
 
 
 def test_vectors_and_parameters() -> None:
@@ -139,6 +178,21 @@ def test_a_loader_is_read_once_and_its_own_iterator_goes_on() -> None:
     with measuring(nn.Identity(), "train", batches=loader):
         assert [batch[0].tolist() for batch in read(loader, 2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert [batch[0].tolist() for batch in coming] == [[4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def test_workers_that_stay_are_not_begun() -> None:
+    loader = DataLoader(TensorDataset(torch.arange(12.0)), 4, num_workers=1, persistent_workers=True)
+    assert len(read(loader)) == 3
+    assert loader._iterator is None
+
+
+def test_a_packed_sequence_moves_with_its_order() -> None:
+    packed = pack_sequence([torch.ones(2), torch.ones(5)], enforce_sorted=False)
+    given = moved(packed, torch.device("meta"))
+    assert {part.device.type for part in (given.data, given.sorted_indices, given.unsorted_indices)} == {"meta"}
+    assert given.batch_sizes.device.type == "cpu"  # where torch wants it
+    ordered = pack_sequence([torch.ones(2)])
+    assert moved(ordered, torch.device("cpu")).sorted_indices is None
 
 
 def test_an_iterable_dataset() -> None:

@@ -2,54 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-import json
-import math
 import re
-import sys
-import time
 from dataclasses import replace
-from html.parser import HTMLParser
-from pathlib import Path
-from typing import Any
 
 import pytest
 import report_example
 from plotly.offline import get_plotlyjs
+from report_pages import VARIANTS, Page, cells, drawings, figures, own, visible
 
-from normwise.errors import MissingExtraError, StudyError
-from normwise.report import (
-    axes,
-    confirmation,
-    cost,
-    curvature,
-    curves,
-    gradient,
-    heat,
-    layers,
-    rates,
-    render,
-    stability,
-    tables,
-    words,
-    write,
-)
-from normwise.report import page as page_module
-from normwise.report.figures import Figure, plain
-from normwise.tuning.records import Edge, Summary
-from normwise.tuning.summary import summary_from_dict
+from normwise.report import render, tables
+from normwise.report.figures import plain
+from normwise.tuning.records import Edge
 
-VARIANTS = {
-    "five": report_example.example,
-    "one": report_example.one,
-    "twelve": report_example.twelve,
-    "own loop": report_example.own_loop,
-    "nothing trained": report_example.nothing_trained,
-    "markup": lambda: report_example.relabelled("<img src=x onerror=alert(1)>"),
-    "measured": report_example.measured,
-    "healthy": report_example.healthy,
-    "sampled": report_example.sampled,
-}
 SECTIONS = [
     "The answer",
     "Each normalization at its best",
@@ -62,70 +26,6 @@ SECTIONS = [
     "What was fixed",
     "How to reproduce it",
 ]
-VOID = {"meta", "link", "br", "img", "input", "hr"}
-
-
-class Page(HTMLParser):
-    """Text by element, attributes, and a check that every element is closed in order."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.texts: dict[str, list[str]] = {}
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self.texts.setdefault(tag, []).append("")
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        for tag in set(self.open):
-            self.texts[tag][-1] += data
-
-
-def own(page: str) -> str:
-    """The page without plotly's script."""
-    assert page.count(get_plotlyjs()) == 1
-    return page.replace(get_plotlyjs(), "")
-
-
-def visible(page: str) -> str:
-    """The text a reader sees, with plain spaces."""
-    body = re.sub(r"<(script|style).*?</\1>", "", own(page), flags=re.DOTALL)
-    return " ".join(Page(body).texts["body"][0].replace("\xa0", " ").split())
-
-
-def drawings(page: str) -> list[dict[str, Any]]:
-    """The figures' JSON, as the browser would read it."""
-    found = re.search(r"const drawings = (.*);\n", own(page))
-    assert found
-    return json.loads(found[1])
-
-
-def cells(page: str, heading: str) -> list[str]:
-    """The cells of the first table row that starts with a heading."""
-    row = re.search(rf'<th scope="row">{re.escape(heading)}</th>(.*?)</tr>', page, flags=re.DOTALL)
-    assert row
-    return [cell.replace("\xa0", " ") for cell in re.findall(r"<td>(.*?)</td>", row[1], flags=re.DOTALL)]
-
-
-def figures(summary: Summary) -> list[Figure | None]:
-    """Every figure in the order of the page."""
-    confirmed = [confirmation.scores(summary), confirmation.pairs(summary)]
-    stable = [stability.edges(summary), stability.sensitivity(summary), curves.weights(summary)]
-    inside = [gradient.along_gradient(summary), curvature.sharpness(summary), layers.activations(summary)]
-    return [
-        *(rates.figure(summary), heat.figure(summary)),
-        *(*confirmed, curves.losses(summary), *stable),
-        *(*inside, layers.gap(summary), cost.figure(summary), *axes.figures(summary)),
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -275,109 +175,6 @@ def test_an_own_loop_without_losses_leaves_out_what_needs_them_and_says_why() ->
     assert "The score is not drawn against cost: the steps of your own loop cannot be timed from outside." in text
 
 
-def test_a_study_that_is_healthy_says_so_and_how_to_see_more() -> None:
-    text = visible(render(report_example.healthy()))
-    assert "What the doctor finds in batch" in text
-    assert "A clean bill: the doctor examined the network at the end of this training and has no finding." in text
-    assert "The control, which holds gamma, beta and the output layer still, was not run: --control runs it." in text
-    assert "Batch size, optimizer, start and the rest had one value each. Several, as in --batch-size 8,32,128," in text
-    assert "Confidence: " not in text
-    assert "· control" not in text
-
-
-def test_what_the_doctor_finds_stands_with_its_code() -> None:
-    page = render(report_example.measured())
-    text, codes = visible(page), [code.strip() for code in Page(own(page)).texts["code"]]
-    assert (
-        "Statistics of 8 samples are noisy. In block.1.norm, block.2.norm. "
-        "samples a statistic: 8; expected at least 16. Confidence: likely." in text
-    )
-    for found in report_example.FINDINGS:
-        assert found.fix in codes
-    assert "A clean bill" not in text
-
-
-def test_a_doctor_that_was_not_asked_is_not_a_clean_bill() -> None:
-    full = report_example.healthy()
-    norms = tuple(replace(n, measures=replace(n.measures, findings=None)) for n in full.norms if n.measures)
-    text = visible(render(replace(full, norms=norms)))
-    assert "clean bill" not in text
-    assert "The doctor was not asked about the winner: nw.doctor(model, batches) examines a trained model." in text
-
-
-def test_what_could_not_be_measured_is_named() -> None:
-    full = report_example.healthy()
-    norms = tuple(
-        replace(norm, measures=replace(norm.measures, sharpness=(), gap=None)) for norm in full.norms if norm.measures
-    )
-    text = visible(render(replace(full, norms=norms)))
-    assert (
-        "The curvature could not be computed. There is no gap between training and evaluation to draw: nothing here "
-        "remembers statistics." in text
-    )
-    assert "The activations could not be measured" not in text
-
-
-def test_measures_are_told_without_a_cause_and_in_their_mode() -> None:
-    text = visible(render(report_example.measured()))
-    assert "smooth" not in text.lower()
-    assert (
-        "once more at its own best learning rate, from one seed (1000), and looked into on the way, in training" in text
-    )
-    assert "It does not say why one scores better than another." in text
-    assert "Curvature of training mode: that of evaluation mode is another one." in text
-    assert "It bounds no other rate: far more than 2/λ at the start may train" in text
-
-
-def test_a_sampler_has_dashes_instead_of_edges_and_says_why() -> None:
-    page = render(report_example.sampled())
-    text = visible(page)
-    why = "the tpe sampler drew the learning rates, and drawn rates enclose no edge; --sampler grid finds them."
-    assert cells(page, "batch")[3:7] == [words.MISSING] * 4
-    assert f"under lr_train, lr_diverge, Margin and Sensitivity: {why}" in text
-    assert f"Edges are not drawn: {why}" in text
-    assert "Sensitivity is not drawn for the same reason: it is a mean over a grid." in text
-    assert "--control" not in text
-    assert cells(page, "Sampler") == ["tpe, 14 points a normalization"]
-
-
-def test_with_axes_the_overview_names_the_best_combination() -> None:
-    page = render(report_example.measured())
-    assert cells(page, "batch")[2:4] == ["batch size 128\noptimizer sgd", "0.5"]
-    assert cells(page, "Batch size") == ["8, 32, 128 (each at its best)"]
-    assert cells(page, "Control") == ["gamma, beta and the output layer frozen"]
-    assert "had one value each" not in visible(page)
-
-
-def test_the_control_stands_beside_every_edge() -> None:
-    page = render(report_example.measured())
-    assert cells(page, "· control") == [
-        *("2.28\n(1.61 to 3.22)", "4.44×"),  # noqa: RUF001
-        *("1.2\n(0.849 to 1.7)", "4.44×"),  # noqa: RUF001
-        *("0.96\n(0.679 to 1.36)", "4.44×"),  # noqa: RUF001
-        words.MISSING,
-    ]
-    assert (
-        "As a ratio to none, in the study and in the control: batch 13.3× and 4.44× (3.7 and 2.2 octaves); "  # noqa: RUF001
-        in visible(page)
-    )
-
-
-def test_a_summary_read_back_gives_the_same_page() -> None:
-    full = report_example.measured()
-    again = summary_from_dict(json.loads(json.dumps(full.to_dict())))
-    assert again == full
-    assert render(again) == render(full)
-
-
-def test_a_page_with_everything_is_rendered_in_less_than_a_second() -> None:
-    full = report_example.measured()
-    render(full)
-    start = time.process_time()
-    render(full)
-    assert time.process_time() - start < 1.0
-
-
 def test_the_horizon_names_the_runner_ups_own_steps() -> None:
     full = report_example.example()
     assert full.horizon
@@ -414,66 +211,3 @@ def test_a_study_without_any_trial_still_has_a_page() -> None:
     assert drawings(page) == []
     assert "Not drawn: the study holds no selection trials." in visible(page)
     assert "Edges are not drawn: no seed of any normalization has one." in visible(page)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0.0, "0"),
-        (99999.0, "1 × 10⁵"),  # noqa: RUF001
-        (12345.0, "12345"),
-        (0.00012, "0.00012"),
-        (0.000012, "1.2 × 10⁻⁵"),  # noqa: RUF001
-        (-0.5, "−0.5"),  # noqa: RUF001
-        (math.nan, "–"),  # noqa: RUF001
-        (math.inf, "–"),  # noqa: RUF001
-        (None, "–"),  # noqa: RUF001
-    ],
-)
-def test_numbers(value: float | None, text: str) -> None:
-    assert words.number(value) == text
-
-
-def test_render_is_the_same_twice() -> None:
-    assert render(report_example.example()) == render(report_example.example())
-
-
-def test_write_replaces_the_file_whole(tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    path.write_text("old")
-    assert write(report_example.one(), path) == path
-    assert path.read_text(encoding="utf-8") == render(report_example.one())
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_write_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "report.html"
-    path.write_text("old")
-
-    def half(self: Path, text: str, encoding: str) -> int:
-        with self.open("w", encoding=encoding) as file:
-            file.write(text[:100])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", half)
-    with pytest.raises(StudyError, match="No space left on device"):
-        write(report_example.one(), path)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_write_names_the_folder_that_does_not_exist(tmp_path: Path) -> None:
-    path = tmp_path / "nowhere" / "report.html"
-    with pytest.raises(StudyError) as caught:
-        write(report_example.one(), path)
-    assert str(caught.value) == (
-        f"cannot write the report to {path}: No such file or directory. "
-        "Give a file name in a folder that exists and can be written."
-    )
-
-
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(MissingExtraError) as caught:
-        importlib.reload(page_module)
-    assert str(caught.value) == "the report needs packages that are not installed: pip install 'normwise[tune]'"

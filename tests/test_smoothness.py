@@ -11,6 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.data import DataLoader, Dataset
 
 import normwise as nw
 from normwise.diagnose.smoothness import Smoothness, smoothness
@@ -131,11 +132,11 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_the_steps_are_those_of_the_optimizer_in_its_state(make: Callable[[Any], torch.optim.Optimizer]) -> None:
-    """What is measured is the training that is about to come, without dropout's numbers, which the grid rewinds."""
+    """What is measured is the training that is about to come, with dropout's numbers."""
     model = net()
-    model[3].p = 0.0
     optimizer = make(model.parameters())
     own(model, optimizer, 2)
+    torch.manual_seed(5)
     before = [(id(v), v.clone()) for known in optimizer.state.values() for v in known.values()]
     found = smoothness(model, data(), cross_entropy, optimizer=optimizer, steps=5)
     after = [(id(v), v) for known in optimizer.state.values() for v in known.values()]
@@ -163,6 +164,31 @@ def test_frozen_parameters_do_not_move_and_take_no_part() -> None:
     alone = smoothness(model[1:], (features, targets), cross_entropy, steps=3, lr=1.0)
     assert frozen.steps[0].gradient_norm == pytest.approx(length, rel=1e-5)
     assert [step.by_step for step in frozen.steps] == [step.by_step for step in alone.steps]
+
+
+def test_the_grid_is_about_the_rate_of_the_optimizer() -> None:
+    model = net()
+    sizes = smoothness(model, data(), cross_entropy, optimizer=torch.optim.Adam(model.parameters(), 1e-3)).sizes
+    assert sizes == pytest.approx((0.0005, 0.001, 0.002, 0.004))
+    made = smoothness(model, data(), cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.5), multiples=(1,))
+    assert (made.lr, made.sizes) == (0.5, (0.5,))
+    assert smoothness(model, data(), cross_entropy).lr == 0.1
+
+
+def test_no_more_batches_are_read_than_there_are_steps() -> None:
+    class Counted(Dataset[tuple[Tensor, Tensor]]):
+        read = 0
+
+        def __len__(self) -> int:
+            return 1000
+
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            self.read += 1
+            return torch.ones(1), torch.zeros(1)
+
+    rows = Counted()
+    smoothness(nn.Linear(1, 1), DataLoader(rows, 4), mse_loss, steps=2)
+    assert rows.read == 8
 
 
 def test_every_other_step() -> None:

@@ -10,51 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import normwise as nw
-from normwise import Affine, BatchNorm, Moving, Norm
+from normwise import BatchNorm, Moving, Norm
 from normwise.untouched import Moment, seed, untouched
 from tests.test_memory import bits
-
-
-def network() -> nn.Sequential:
-    """Memories of torch's and normwise's, dropout, a spectral norm, whose buffers move in training; a layer twice."""
-    shared = BatchNorm(6)
-    linear = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
-    return nn.Sequential(nn.Linear(4, 6), shared, nn.Dropout(), linear, nn.BatchNorm1d(6), shared)
-
-
-def objects(model: nn.Module) -> list[tuple[str, int]]:
-    """Which tensors the model's parameters, gradients and buffers are, in order."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    tensors += [(f"{name}.grad", p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    return [(name, id(tensor)) for name, tensor in tensors]
-
-
-def everything(model: nn.Module) -> dict[str, object]:
-    """What has to be as before."""
-    parameters = dict(model.named_parameters())
-    return {
-        "values": bits(model),
-        "keys": list(model.state_dict()),
-        "objects": objects(model),
-        "modes": [(path, module.training) for path, module in model.named_modules()],
-        "requires_grad": {name: p.requires_grad for name, p in parameters.items()},
-        "gradients": {name: None if p.grad is None else p.grad.tolist() for name, p in parameters.items()},
-        "counts": [
-            (path, None if skips is None else (id(skips), skips.tolist()), module.__dict__.get("_fed"))
-            for path, module in model.named_modules()
-            for skips in [module.__dict__.get("_skips")]
-        ],
-    }
-
-
-def step(model: nn.Module, width: int = 4) -> Tensor:
-    """A forward and a backward; the output."""
-    y = model(torch.randn(8, width) * 3 + 1)
-    (y * torch.randn_like(y)).sum().backward()
-    return y
+from tests.traces import everything, network, step
 
 
 def test_a_forward_and_a_backward_leave_no_trace() -> None:
@@ -270,80 +231,6 @@ def test_what_is_exchanged_within_stays() -> None:
     assert model[4] is new
 
 
-def lazy_torch() -> nn.Sequential:
-    return nn.Sequential(nn.LazyLinear(6), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(2))
-
-
-def lazy_normwise() -> nn.Sequential:
-    norm = Norm("[n] c", recovery=Affine("c"), memory=Moving("c", decay=0.9))
-    return nn.Sequential(nn.Linear(4, 6), norm, Norm("n (g [k])", recovery=Affine("(g k)"), g=2))
-
-
-UNSIZED = {"torch": lazy_torch, "normwise": lazy_normwise}
-every_unsized = pytest.mark.parametrize("make", UNSIZED.values(), ids=UNSIZED)
-
-
-@every_unsized
-def test_a_layer_that_found_its_sizes_waits_for_them_again(make: Callable[[], nn.Sequential]) -> None:
-    """And then finds others, with the first weights that it would have had without."""
-    model = make()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    twin, shown, identities = make(), repr(model), objects(model)
-    with untouched(model):
-        step(model)
-        assert repr(model) != shown
-        assert not any(map(nn.parameter.is_lazy, (*model.parameters(), *model.buffers())))
-    assert (repr(model), objects(model)) == (shown, identities)
-    assert [type(t) for t in (*model.parameters(), *model.buffers())] == [
-        type(t) for t in (*twin.parameters(), *twin.buffers())
-    ]
-    if make is lazy_normwise:
-        model[0], twin[0] = nn.Identity(), nn.Identity()
-    width = 10
-    torch.manual_seed(1)
-    y = step(model, width)
-    torch.manual_seed(1)
-    assert torch.equal(step(twin, width), y)
-    assert bits(model) == bits(twin)
-    assert repr(model) == repr(twin)
-    optimizer.step()
-    assert bits(model) != bits(twin)
-
-
-@every_unsized
-def test_a_checkpoint_gives_sizes_after_a_probe_did(make: Callable[[], nn.Sequential]) -> None:
-    model, trained = make(), make()
-    step(trained)
-    with untouched(model):
-        step(model)
-    model.load_state_dict(trained.state_dict(), strict=True)
-    assert bits(model) == bits(trained)
-    x = torch.randn(8, 4)
-    assert torch.equal(model.eval()(x), trained.eval()(x))
-
-
-def test_hooks_of_a_lazy_layer_stay_and_their_handles_work() -> None:
-    model, calls = nn.LazyLinear(3), []
-    handle = model.register_forward_hook(lambda *_: calls.append("mine"))
-    with untouched(model):
-        model(torch.randn(2, 4))
-        model.register_forward_hook(lambda *_: calls.append("a probe's"))
-    model(torch.randn(2, 5))
-    assert (calls, model.in_features, type(model)) == (["mine", "mine"], 5, nn.Linear)
-    handle.remove()
-    model(torch.randn(2, 5))
-    assert calls == ["mine", "mine"]
-
-
-def test_a_layer_that_a_probe_does_not_reach_still_waits() -> None:
-    model = nn.ModuleList([nn.LazyLinear(3), Norm("[n] c", recovery=Affine("c"))])
-    shown = repr(model)
-    with untouched(model):
-        pass
-    assert repr(model) == shown
-    assert [p.requires_grad for p in model.parameters()] == [True] * 4
-
-
 def test_embeddings_that_a_forward_scales_and_plain_attributes() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
@@ -379,118 +266,67 @@ def test_a_zero_that_becomes_negative() -> None:
     assert not model.running_mean.signbit().any()
 
 
-OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "SGD": lambda model: torch.optim.SGD(model.parameters(), 0.1),
-    "momentum": lambda model: torch.optim.SGD(model.parameters(), 0.1, momentum=0.9),
-    "Adam": lambda model: torch.optim.Adam(model.parameters(), 0.01, amsgrad=True),
-    "a tensor's rate": lambda model: torch.optim.Adam(model.parameters(), torch.tensor(0.01)),
-    "L-BFGS": lambda model: torch.optim.LBFGS(model.parameters(), 0.1, max_iter=2),
+ODD: dict[str, Callable[[], Tensor]] = {
+    "complex": lambda: torch.tensor([1 + 2j, 3 - 1j]),
+    "conjugated": lambda: torch.tensor([1 + 2j, 3 - 1j]).conj(),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "float8": lambda: torch.ones(3).to(torch.float8_e4m3fn),
+    "one number": lambda: torch.ones((), dtype=torch.bool),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
 }
 
 
-def optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = model(torch.randn(8, 4)).square().mean()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-
-
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize("steps", [0, 2])
-def test_training_within_is_taken_back_with_its_optimizer(
-    make: Callable[[nn.Module], torch.optim.Optimizer], steps: int
-) -> None:
-    """The rest of the training is, bit for bit, that of a twin that was left alone."""
-
-    def trained(within: Callable[[nn.Module, torch.optim.Optimizer], None]) -> tuple[object, object]:
-        torch.manual_seed(1)
-        model = nn.Sequential(nn.Linear(4, 6), BatchNorm(6), nn.Dropout(), nn.Linear(6, 2))
-        optimizer = make(model)
-        for _ in range(steps):
-            optimized(model, optimizer)
-        before = everything(model), [id(p) for p in optimizer.state]
-        within(model, optimizer)
-        assert (everything(model), [id(p) for p in optimizer.state]) == before
-        for _ in range(2):
-            optimized(model, optimizer)
-        return bits(model), repr(optimizer)
-
-    def measured(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        weight = model[0].weight.detach().clone()
-        with untouched(model, values=True, optimizer=optimizer):
-            for group in optimizer.param_groups:
-                group["lr"] = 3.0
-                group["new"] = 1
-            for _ in range(2):
-                optimized(model, optimizer)
-            assert not torch.equal(model[0].weight, weight)
-
-    assert trained(measured) == trained(lambda model, optimizer: None)
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD)
+def test_tensors_of_every_kind(make: Callable[[], Tensor]) -> None:
+    model = nn.Identity()
+    model.register_buffer("held", make())
+    with untouched(model):
+        model.held.copy_(torch.zeros_like(model.held))
+        assert not as_made(model.held, make)
+    assert as_made(model.held, make)
 
 
-def test_values_of_parameters_only_when_asked_for() -> None:
-    model = network()
-    before = bits(model)
-    for values in (True, False):
-        with untouched(model, values=values), torch.no_grad():
-            model[0].weight.add_(1.0)
-        assert (bits(model) == before) is values
+def as_made(held: Tensor, make: Callable[[], Tensor]) -> bool:
+    numbers = [t.values() if t.is_nested else t.to_dense() for t in (held, make())]
+    return torch.equal(*(t.to(torch.complex64) for t in numbers))
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_a_loader_gives_the_batches_it_would_have_given(shuffle: bool) -> None:
-    def drawn(looked_at: bool) -> list[object]:
-        order = torch.Generator().manual_seed(3)
-        loader = DataLoader(torch.arange(20), 4, shuffle=shuffle, generator=order)
-        coming = iter(loader)
-        seen = [next(coming).tolist()]
-        if looked_at:
-            with untouched(network(), batches=loader):
-                [batch.tolist() for batch in loader]
-        seen += [batch.tolist() for batch in coming]
-        return [*seen, *(batch.tolist() for batch in loader), order.initial_seed(), order.get_state().tolist()]
-
-    assert drawn(True) == drawn(False)
+def test_what_is_as_it_was_is_not_written() -> None:
+    """So an expanded tensor, whose elements share memory, is no problem, and a graph that has saved it stays whole."""
+    model = nn.Identity()
+    model.register_buffer("held", torch.tensor([float("nan")]).expand(4))
+    with untouched(model):
+        pass
+    assert model.held._version == 0
 
 
-def test_a_sampler_with_a_generator_of_its_own() -> None:
-    own = torch.Generator().manual_seed(3)
-    sampler = torch.utils.data.RandomSampler(range(12), generator=own)
-    loaders = [
-        DataLoader(torch.arange(12), 4, sampler=sampler),
-        DataLoader(torch.arange(12), batch_sampler=torch.utils.data.BatchSampler(sampler, 4, drop_last=False)),
-    ]
-    for loader in loaders:
-        before = own.get_state()
-        with untouched(network(), batches=loader):
-            list(loader)
-            assert not torch.equal(own.get_state(), before)
-        assert torch.equal(own.get_state(), before)
-
-
-def test_a_moment_can_be_gone_back_to_any_number_of_times() -> None:
-    model, x = network(), torch.randn(8, 4)
+def test_a_moment_leaves_weights_alone() -> None:
+    model = nn.Embedding(3, 2, max_norm=100.0)
     moment = Moment(model)
-    first, memory = model(x), bits(model)
-    for _ in range(3):
-        seed(9)
-        step(model)
-        model.eval()
-        moment.back()
-        assert torch.equal(model(x), first)
-        assert bits(model) == memory
-
-
-def test_a_moment_leaves_weights_and_gradients() -> None:
-    model = network()
-    moment = Moment(model)
-    step(model)
     with torch.no_grad():
-        model[0].weight.add_(1.0)
-    weight, grad = model[0].weight.detach().clone(), model[0].weight.grad.clone()
+        model.weight.fill_(5.0)
     moment.back()
-    assert torch.equal(model[0].weight, weight)
-    assert torch.equal(model[0].weight.grad, grad)
+    assert torch.equal(model.weight, torch.full((3, 2), 5.0))
+
+
+def test_parameters_that_only_the_optimizer_has() -> None:
+    model, scale = nn.Linear(2, 2), nn.Parameter(torch.ones(2))
+    scale.grad = torch.full((2,), 3.0)
+    optimizer = torch.optim.SGD([*model.parameters(), scale], 0.1)
+    with untouched(model, values=True, optimizer=optimizer):
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not torch.equal(scale, torch.ones(2))
+    assert torch.equal(scale, torch.ones(2))
+    assert torch.equal(scale.grad, torch.full((2,), 3.0))
+
+
+def test_an_autocast_around_it_forgets_the_weights_within() -> None:
+    model, x = nn.Linear(1, 1, bias=False), torch.ones(1, 1)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with untouched(model, values=True):
+            model.weight.data.fill_(7.0)
+            assert model(x).item() == 7.0
+        assert model(x).item() == 1.0
