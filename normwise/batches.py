@@ -90,7 +90,8 @@ def mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, Tensor):
         return change(batch)
     if isinstance(batch, PackedSequence):
-        return batch._replace(data=change(batch.data))
+        order = {name: mapped(getattr(batch, name), change) for name in ("sorted_indices", "unsorted_indices")}
+        return batch._replace(data=change(batch.data), **order)
     if isinstance(batch, Mapping):
         items = {key: mapped(value, change) for key, value in batch.items()}
         return items if type(batch) is dict else _again(batch, items)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -25,16 +25,17 @@ def untouched(
     """Whatever happens within, an exception and Ctrl-C included, the model and the generators are then as before.
 
     Put back are the buffers (their values, and which tensors they are), which tensors the parameters are, their `grad`
-    and `requires_grad`, the mode of every module, and the random number generators of torch, Python and NumPy. A layer
-    whose sizes were found within waits for them again: a probe decides neither on them nor on the first weights. Plain
-    attributes are put back, with the items of lists and dictionaries; what is deeper in them is not. So are hooks,
-    which run as in any forward. Modules that are exchanged within stay exchanged.
+    and `requires_grad`, the mode of every module, and the random number generators of torch, Python, NumPy and the
+    modules. A layer whose sizes were found within waits for them again: a probe decides neither on them nor on the
+    first weights. Plain attributes are put back, with the items of lists and dictionaries; what is deeper in them is
+    not. So are hooks, which run as in any forward. Modules that are exchanged within stay exchanged.
 
     Args:
         model: A model, in any mode.
         values: Put the values of the parameters back as well, which costs a copy of them. Without it only those of
             embeddings with a `max_norm` are copied, which a forward scales.
-        optimizer: Put its state and its settings (learning rates, ...) back as well.
+        optimizer: Put its state and its settings (learning rates, ...) back as well. Parameters that it has besides
+            the model's, as of a loss that learns, are put back as the model's are.
         batches: A loader whose own random number generators are put back as well.
 
     >>> model = nn.Sequential(nn.LazyLinear(2), nn.BatchNorm1d(2))
@@ -44,8 +45,10 @@ def untouched(
     (LazyLinear(in_features=0, out_features=2, bias=True), tensor(0))
     """
     modules = list(all_modules(model))
-    kept: list[_Part] = [_Tables(modules), _Values(modules), _Gradients(modules), _Unsized(modules), _Random(modules)]
-    kept += [_Weights(modules)] if values else []
+    parameters = _parameters(modules, optimizer)
+    kept: list[_Part] = [_Tables(modules), _Values(modules), *_scaled(modules)]
+    kept += [_Gradients(parameters), _Unsized(modules), _Random(modules)]
+    kept += [_Weights(parameters)] if values else []
     kept += [_Optimized(optimizer)] if optimizer is not None else []
     kept += [_Drawn(batches)] if batches is not None else []
     try:
@@ -53,6 +56,7 @@ def untouched(
     finally:
         for part in kept:
             part.put_back()
+        torch.clear_autocast_cache()  # which may hold casts of weights as they were within
 
 
 class Moment:
@@ -121,8 +125,8 @@ class _Values:
 class _Gradients:
     """The gradients of the parameters, and which of them take one."""
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        held = ((p, p.grad) for p in _parameters(modules))
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        held = ((p, p.grad) for p in parameters)
         self._kept = [(p, p.requires_grad, grad, None if grad is None else grad.clone()) for p, grad in held]
 
     @torch.no_grad()
@@ -138,8 +142,8 @@ class _Gradients:
 class _Weights:
     """The values of the parameters."""
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._kept = [(p, p.detach().clone()) for p in _parameters(modules) if not is_lazy(p)]
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._kept = [(p, p.detach().clone()) for p in parameters if not is_lazy(p)]
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -181,12 +185,14 @@ class _Drawn:
 
 
 class _Random:
-    """The global generators of torch on the model's devices, of Python and, where it is loaded, of NumPy."""
+    """The generators of torch on the model's devices, of Python, of NumPy where it is loaded, and of the modules."""
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         devices = {t.device.index or 0 for m in modules for t in _tensors(m) if t.device.type == "cuda"}
         self._torchs = torch.get_rng_state()
         self._cudas = {device: torch.cuda.get_rng_state(device) for device in devices}
+        held = [value for module in modules for value in _attributes(module).values()]
+        self._held = [(value, value.get_state()) for value in held if isinstance(value, torch.Generator)]
         self._pythons = random.getstate()
         numpy = sys.modules.get("numpy")
         self._numpys = None if numpy is None else numpy.random.get_state()
@@ -195,6 +201,8 @@ class _Random:
         torch.set_rng_state(self._torchs)
         for device, state in self._cudas.items():
             torch.cuda.set_rng_state(state, device)
+        for generator, state in self._held:
+            generator.set_state(state)
         random.setstate(self._pythons)
         if self._numpys is not None:
             sys.modules["numpy"].random.set_state(self._numpys)
@@ -255,10 +263,17 @@ def _tables(module: nn.Module) -> Iterator[dict[str, Any]]:
     yield from (table for table in (module._parameters, module._buffers, *hooks) if isinstance(table, dict))
 
 
-def _parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """The parameters, each once."""
-    held = (p for module in modules for p in module._parameters.values() if p is not None)
+def _parameters(modules: Iterable[nn.Module], optimizer: Optimizer | None) -> list[Tensor]:
+    """The parameters of the modules and those that an optimizer has besides, each once."""
+    held: list[Tensor] = [p for module in modules for p in module._parameters.values() if p is not None]
+    held += [p for group in (() if optimizer is None else optimizer.param_groups) for p in group["params"]]
     return list({id(parameter): parameter for parameter in held}.values())
+
+
+def _scaled(modules: Iterable[nn.Module]) -> list[_Part]:
+    """The weights that a forward scales: those of embeddings with a `max_norm`."""
+    held = [m for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None]
+    return [_Weights({id(module.weight): module.weight for module in held}.values())]
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -273,11 +288,9 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _values(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    """The tensors that a forward may change, each once: buffers, attributes, the embeddings that it scales."""
+    """The tensors besides weights that a forward may change, each once: buffers and attributes."""
     held: list[Any] = [value for module in modules for value in module._buffers.values()]
     held += [value for module in modules for value in _attributes(module).values()]
-    scaled = [m for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None]
-    held += [module.weight for module in scaled]
     yield from {id(tensor): tensor for tensor in held if isinstance(tensor, Tensor) and not is_lazy(tensor)}.values()
 
 
@@ -304,7 +317,18 @@ def _original(value: Any, copied: Any) -> Any:
 def _put_back(tensor: Tensor, value: Tensor) -> None:
     if tensor.is_meta:
         return
-    if tensor.shape != value.shape:  # it grew
-        tensor.set_(value)  # type: ignore[call-overload]  # its stubs know storages only
-    elif not (torch.equal(tensor, value) and torch.equal(tensor.signbit(), value.signbit())):  # 0 is not -0
+    if not _is_plain(tensor):
         tensor.copy_(value)
+    elif tensor.shape != value.shape:  # it grew
+        tensor.set_(value)  # type: ignore[call-overload]  # its stubs know storages only
+    elif not torch.equal(_bytes(tensor), _bytes(value)):  # NaN is NaN here, and 0 is not -0
+        tensor.copy_(value)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its values lie in memory one after another: it is not sparse, nested or quantized."""
+    return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)

@@ -28,13 +28,13 @@ def test_differences_are_refused_where_they_drown_in_rounding() -> None:
 
 
 def test_the_distance_of_differences_is_that_of_the_coarsest_parameter() -> None:
-    """At float64's distance the product along the top eigenvector of this float32 part was off by several percent."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
+    """Off by 6e-6; by 4e-4 at the distance that is for float64."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
     model.register_parameter("scale", nn.Parameter(torch.ones((), dtype=torch.float64)))
     found = [
         sharpness(model, batches(), cross_entropy, method=method, forward=lambda m, b: m(b[0]) * m.scale)
         for method in ("exact", "differences")
     ]
-    assert found[1].largest.value == pytest.approx(found[0].largest.value, rel=1e-3)
-    assert found[1].smallest.value == pytest.approx(found[0].smallest.value, rel=1e-2)
+    assert found[1].largest.value == pytest.approx(found[0].largest.value, rel=5e-5)
+    assert found[1].smallest.value == pytest.approx(found[0].smallest.value, rel=5e-5)

@@ -10,6 +10,7 @@ from sick_models import Block, Patient, domains, parabola, rows, run
 from sicknesses import SICKNESSES, Sickness
 from torch import Tensor, nn
 
+from normwise.diagnose.doctor import doctor
 from normwise.diagnose.findings import Diagnosis, Finding
 
 
@@ -41,6 +42,15 @@ def test_what_a_model_almost_has_is_not_found(sickness: Sickness) -> None:
     almost = sickness.almost().diagnosis()
     assert findings(almost, sickness.kind) == []
     assert set(almost.unchecked) <= set(sickness.sick().diagnosis().unchecked)
+
+
+@pytest.mark.parametrize(("frozen", "kinds"), [(True, set()), (False, {"few-samples", "bias-before-norm"})])
+def test_a_frozen_normalization_takes_nothing_from_the_batch(frozen: bool, kinds: set[str]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    model[1].train(not frozen).requires_grad_(not frozen)
+    assert {finding.kind for finding in doctor(model, torch.randn(2, 4)).findings} == kinds
+    assert {finding.kind for finding in doctor(model.eval(), torch.randn(2, 4)).findings} >= kinds
 
 
 def test_every_kind_is_documented() -> None:

@@ -79,6 +79,13 @@ def test_the_band_is_where_the_loss_falls() -> None:
     assert found.reason.startswith("here the loss falls at least half as fast as it does at most, and it rises beyond ")
 
 
+def test_within_an_autocast_the_weights_of_each_step_count() -> None:
+    model, given = nn.Linear(1, 1, bias=False), [(torch.ones(4, 1), 3 * torch.ones(4, 1))]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = lr_range(model, given, lambda output, target: mse_loss(output.float(), target))
+    assert found.verdict == "band"
+
+
 def test_a_fall_after_a_blow_up_is_not_mistaken_for_learning() -> None:
     heights = falling(40, 60)[:70] + [200.0, 100.0, 3.0] + [0.5] * 27
     found = shaped(heights)

@@ -89,6 +89,15 @@ def test_what_cannot_be_measured_is_told_once_and_stops_nothing() -> None:
     assert [list(snapshot.failed) for snapshot in monitor.history.snapshots] == [["sharpness"]] * 2
 
 
+def test_there_is_no_smoothness_along_no_step() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    monitor = nw.Monitor(model, LOSS, optimizer=optimizer, measures=["smoothness"])
+    text = "smoothness cannot be measured at step 0: the learning rate is 0, as a warm-up begins: there is no step to l"
+    with pytest.warns(UserWarning, match=text):
+        monitor.step(batches(1)[0])
+
+
 def test_an_error_of_torch_or_of_the_model_stops_nothing() -> None:
     class Checkpointed(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -270,3 +270,16 @@ def test_what_it_refuses_and_its_figure() -> None:
     found = nw.first_nonfinite(Applied(torch.log), torch.tensor([-1.0, 0.0, 1.0]))
     assert found.plot().data[0].y == (1, 1, 1)
     assert found.headline() == {"nonfinite": 2.0}
+
+
+@pytest.mark.parametrize(
+    "held",
+    [torch.eye(3).to_sparse(), torch.ones(3).to(torch.float8_e4m3fn), torch.ones(3, dtype=torch.complex64)],
+    ids=["sparse", "float8", "complex"],
+)
+def test_buffers_of_every_kind_are_passed_over(held: Tensor) -> None:
+    model = nn.Linear(2, 1)
+    model.register_buffer("held", held)
+    assert not nw.first_nonfinite(model, torch.ones(3, 2)).found
+    model.bias.data.fill_(float("nan"))
+    assert nw.first_nonfinite(model, torch.ones(3, 2)).path == "bias"

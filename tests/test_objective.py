@@ -62,7 +62,7 @@ def test_an_embedding_that_a_forward_scales_moves_with_the_others() -> None:
     objective = Objective(model, [ids], lambda output, _: output.square().sum())
     vector = torch.randn(objective.size)
     with objective.moved(vector):
-        assert objective.value() == pytest.approx(float(model.weight.square().sum()), rel=1e-6)
+        assert objective.value() == pytest.approx(model.weight.square().sum().item(), rel=1e-6)
     torch.testing.assert_close(objective.gradient_change(vector, 0.1), 2 * vector, atol=1e-5, rtol=1e-4)
 
 

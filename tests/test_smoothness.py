@@ -166,6 +166,16 @@ def test_frozen_parameters_do_not_move_and_take_no_part() -> None:
     assert [step.by_step for step in frozen.steps] == [step.by_step for step in alone.steps]
 
 
+def test_what_is_not_finite_counts_as_infinite() -> None:
+    """A NaN has no order: the median of numbers with some of them could be any."""
+    model = net()
+    model[0].weight.data.fill_(math.nan)
+    found = smoothness(model, data(), cross_entropy)
+    assert {found.loss_range, found.predictiveness, found.beta, found.weight_norm} == {math.inf}
+    step = found.steps[0]
+    assert (step.gradient_norm, step.by_distance.relative, step.by_distance.cosine) == (math.inf, math.inf, -1.0)
+
+
 def test_the_grid_is_about_the_rate_of_the_optimizer() -> None:
     model = net()
     sizes = smoothness(model, data(), cross_entropy, optimizer=torch.optim.Adam(model.parameters(), 1e-3)).sizes

@@ -309,6 +309,22 @@ def test_a_moment_leaves_weights_alone() -> None:
     assert torch.equal(model.weight, torch.full((3, 2), 5.0))
 
 
+def test_generators_that_modules_hold() -> None:
+    class Noise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = torch.Generator().manual_seed(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.randn(x.shape, generator=self.generator)
+
+    model, x = Noise(), torch.zeros(3)
+    moment = Moment(model)
+    first = model(x)
+    moment.back()
+    assert torch.equal(model(x), first)
+
+
 def test_parameters_that_only_the_optimizer_has() -> None:
     model, scale = nn.Linear(2, 2), nn.Parameter(torch.ones(2))
     scale.grad = torch.full((2,), 3.0)

@@ -68,7 +68,7 @@ def lightning(monitor: Monitor) -> Any:
                 monitor.step(batch)
                 return
             with _unlogged(pl_module):
-                monitor.step(batch, forward=lambda _, given: pl_module.training_step(given, batch_idx))
+                monitor.step(batch, forward=lambda _, given: _training_step(pl_module, given, batch_idx))
 
     return MonitorCallback()
 
@@ -95,7 +95,8 @@ class _Caught:
         return call
 
     def _catch(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        self._call = self._call or (args, dict(keywords))
+        self._call = args, dict(keywords)
+        self._let_go()
 
     def _let_go(self) -> None:
         if self._handle is not None:
@@ -104,8 +105,16 @@ class _Caught:
 
 
 def _called(model: nn.Module, call: Any) -> Any:
+    if call is None:
+        raise DiagnosisError("the model was not called in this step: give the monitor the one that the Trainer trains")
     args, keywords = call
     return model(*args, **keywords)
+
+
+def _training_step(module: Any, batch: Any, batch_idx: int) -> Any:
+    if not module.automatic_optimization:
+        raise DiagnosisError("training_step takes the optimizer's steps itself: give the monitor a loss")
+    return module.training_step(batch, batch_idx)
 
 
 def _torchs(optimizer: Any) -> Any:

@@ -14,7 +14,8 @@ from normwise.diagnose.checks.case import Case, Unchecked
 from normwise.diagnose.checks.table import CHECKS, Check
 from normwise.diagnose.findings import Diagnosis, Finding, ranked
 from normwise.diagnose.objective import Batches, measuring, read
-from normwise.errors import DiagnosisError, NormwiseError
+from normwise.diagnose.results import reason_of
+from normwise.errors import DiagnosisError
 
 
 def doctor(
@@ -72,6 +73,8 @@ def doctor(
     inner = model.module if isinstance(model, (DistributedDataParallel, DataParallel)) else model
     modes = {module: module.training for module in inner.modules()}
     with measuring(inner, "train", optimizer=optimizer, batches=batches):
+        for module in inner.modules() if modes[inner] else ():
+            module.training = modes[module]  # what is in evaluation mode while the model trains stays so
         given = _usual(read(batches, most))
         case = Case(inner, batches, given, modes, loss, forward, optimizer, lr, accumulation=accumulation)
         return _examined(case, progress)
@@ -95,7 +98,7 @@ def _examined(case: Case, progress: Callable[[str], object] | None) -> Diagnosis
         except Unchecked as reason:
             unchecked[check.name] = str(reason)
         except Exception as error:  # noqa: BLE001 - the user's model may raise anything, and the other checks go on
-            unchecked[check.name] = _one_line(error)
+            unchecked[check.name] = reason_of(error)
     return Diagnosis(ranked(findings), tuple(checked), unchecked)
 
 
@@ -105,10 +108,3 @@ def _found(case: Case, check: Check) -> list[Finding]:
         return list(check.run(case))
     finally:
         case.start()
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    return lines[0] if isinstance(error, NormwiseError) else f"{type(error).__name__}: {lines[0]}"

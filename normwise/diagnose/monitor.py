@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from normwise.batches import Forward, Loss
 from normwise.diagnose.activations import activations
 from normwise.diagnose.gap import gap
-from normwise.diagnose.results import Result, number
+from normwise.diagnose.results import Result, number, reason_of
 from normwise.diagnose.sharpness import sharpness
 from normwise.diagnose.smoothness import smoothness
 from normwise.diagnose.thresholds import stability_threshold
@@ -179,14 +179,14 @@ class Monitor:
         for name in self._measures:
             try:
                 results[name] = MEASURES[name](self, batch, forward)
-            except DiagnosisError as error:
-                failed[name] = str(error)
-                self._warn(name, error)
+            except Exception as error:  # noqa: BLE001 - the user's model may raise anything, and the training goes on
+                failed[name] = reason_of(error)
+                self._warn(name, failed[name])
         return Snapshot(self._seen, self.lr, self._threshold(), results, failed)
 
-    def _warn(self, name: str, error: DiagnosisError) -> None:
+    def _warn(self, name: str, why: str) -> None:
         if not any(name in snapshot.failed for snapshot in self._snapshots):
-            warnings.warn(f"{name} cannot be measured at step {self._seen}: {error}", stacklevel=4)
+            warnings.warn(f"{name} cannot be measured at step {self._seen}: {why}", stacklevel=4)
 
     def _threshold(self) -> float | None:
         """The curvature that the optimizer's step bears; known for SGD with a rate above 0."""
@@ -199,8 +199,9 @@ class Monitor:
 
 
 def _smoothness(monitor: Monitor, batch: Any, forward: Forward | None) -> Result:
-    lr = monitor.lr or 0.1
-    return smoothness(monitor.model, [batch], monitor.loss, lr=lr, forward=forward)
+    if monitor.lr == 0:
+        raise DiagnosisError("the learning rate is 0, as a warm-up begins: there is no step to look along")
+    return smoothness(monitor.model, [batch], monitor.loss, lr=monitor.lr, forward=forward)
 
 
 def _sharpness(monitor: Monitor, batch: Any, forward: Forward | None) -> Result:

@@ -302,7 +302,7 @@ class _Seeker(Watch):
 
     def _allow_masks(self, tensor: Tensor) -> None:
         """Minus infinity in a batch or buffer is for a softmax."""
-        if (tensor == -math.inf).any():
+        if any(bool((x == -math.inf).any()) for x in floats_in(tensor)):
             self._meant.add(-math.inf)
 
     def _belong(self, tensors: list[Tensor], frame: Frame) -> None:

@@ -25,8 +25,9 @@ class Objective:
     """The mean loss of some batches, weighted by their rows, as a function of a model's parameters.
 
     Every evaluation begins with the same buffers and random numbers, so that dropout drops the same units and a moving
-    average is what it was. Vectors in the space of the parameters are flat tensors of `size` numbers, in float32, or
-    float64 where a parameter is.
+    average is what it was; and without what an autocast around it has cached, which are casts of weights before a move.
+    Vectors in the space of the parameters are flat tensors of `size` numbers, in float32, or float64 where a parameter
+    is.
 
     It is to be used within `measuring`, which puts everything back.
 
@@ -47,6 +48,8 @@ class Objective:
         self.parameters = tuple(p for p in wanted if p.requires_grad)
         if not self.parameters:
             raise DiagnosisError("no parameter requires a gradient, so the loss is a function of nothing")
+        if any(p.is_complex() for p in self.parameters):
+            raise DiagnosisError("a parameter is complex: hold its real and imaginary parts (torch.view_as_real)")
         self._model, self._loss, self._forward = model, loss, forward
         rows = [rows_of(batch) for batch in batches]
         self._batches = [(batch, count / sum(rows)) for batch, count in zip(batches, rows, strict=True)]
@@ -57,10 +60,12 @@ class Objective:
         self.dtype = torch.float64 if double else torch.float32
 
     def losses(self) -> Iterator[tuple[Tensor, float]]:
-        """The loss of each batch and its weight, one after another."""
+        """The loss of each batch and its weight, one after another; a training that goes on sees nothing of it."""
         for batch, weight in self._batches:
             self._moment.back()
+            torch.clear_autocast_cache()
             yield loss_of(self._model, batch, self._loss, self._forward), weight
+        self._moment.back()
 
     def value(self) -> float:
         """The loss at the parameters as they are."""
@@ -177,8 +182,8 @@ def measuring(
 def read(batches: Batches, most: int | None = None) -> list[Any]:
     """The batches, the first `most` of them; a tensor, a tuple or a mapping is one batch.
 
-    A loader is read through a copy, so that an iterator that is at work on it goes on undisturbed. `measuring` puts its
-    generators back.
+    A loader is read through a copy, so that an iterator that is at work on it goes on undisturbed, and one that stays
+    for the next pass (`persistent_workers`) is not begun. `measuring` puts its generators back.
 
     Raises:
         DiagnosisError: there are none, or they could be read only once and would be lost.
@@ -197,8 +202,8 @@ def read(batches: Batches, most: int | None = None) -> list[Any]:
 
 
 def _apart(batches: Iterable[Any]) -> Iterable[Any]:
-    """The loader, or a copy without the persistent iterator that its owner may be in the middle of."""
-    if isinstance(batches, DataLoader) and batches._iterator is not None:
+    """What is no loader, or a copy of it without the persistent iterator that its owner may be in the middle of."""
+    if isinstance(batches, DataLoader):
         batches = copy(batches)
         batches.__dict__["_iterator"] = None
     return batches

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from normwise.errors import DiagnosisError, MissingExtraError
+from normwise.errors import DiagnosisError, MissingExtraError, NormwiseError
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,3 +93,15 @@ def number(value: float | None, digits: int = 3) -> str:
     ('1.23e+04', '0.00123', '-')
     """
     return "-" if value is None else f"{value:.{digits}g}"
+
+
+def reason_of(error: Exception) -> str:
+    r"""An error for a list: its first line, after its class unless it is one of normwise's own.
+
+    >>> reason_of(DiagnosisError("there is no batch")), reason_of(ValueError("no\nmore")), reason_of(KeyError())
+    ('there is no batch', 'ValueError: no', 'KeyError')
+    """
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[0] if isinstance(error, NormwiseError) else f"{type(error).__name__}: {lines[0]}"

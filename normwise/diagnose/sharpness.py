@@ -224,8 +224,12 @@ def _product(objective: Objective, method: str) -> Product:
     """Multiplication by the Hessian."""
     if method == "exact":
         return objective.hessian_times
+    coarsest = max((p.dtype for p in objective.parameters), key=lambda dtype: torch.finfo(dtype).eps)
+    if coarsest not in _DISTANCE:
+        kind = str(coarsest).removeprefix("torch.")
+        raise DiagnosisError(f"differences of gradients drown in the rounding of {kind} parameters: take model.float()")
     length = objective.distance() or 1.0
-    return partial(objective.gradient_change, distance=_DISTANCE[objective.dtype] * length)
+    return partial(objective.gradient_change, distance=_DISTANCE[coarsest] * length)
 
 
 def _along(objective: Objective, method: str) -> float | None:

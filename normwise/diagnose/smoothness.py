@@ -21,13 +21,15 @@ from normwise.errors import DiagnosisError
 
 MULTIPLES = (0.5, 1.0, 2.0, 4.0)  # of the learning rate
 DISTANCES = (0.05, 0.1, 0.2, 0.4)
+_LR = 0.1
 
 
 @dataclass(frozen=True)
 class Along:
     """The loss on a grid of points along the negative gradient; g is the gradient before the step, g_s after.
 
-    What is not finite at a point counts as infinite, and as a cosine of -1.
+    What is not finite, here or at a point, counts as infinite, and as a cosine of -1: so medians over a training that
+    breaks can be taken.
 
     Attributes:
         losses: The loss at each point, the starting point first.
@@ -46,7 +48,8 @@ class Along:
     @property
     def loss_range(self) -> float:
         """The largest loss minus the smallest."""
-        return max(self.losses) - min(self.losses)
+        highest = max(self.losses)
+        return highest - min(self.losses) if math.isfinite(highest) else math.inf
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Smoothness(Result):
 
     Attributes:
         mode: "train" or "eval".
-        lr: The learning rate of the steps between.
+        lr: The learning rate that the step sizes are multiples of.
         sizes: The step sizes of `by_step`.
         distances: The distances of `by_distance`.
         steps: What was measured at each step.
@@ -161,7 +164,7 @@ def smoothness(
     batches: Batches,
     loss: Loss | None = None,
     *,
-    lr: float = 0.1,
+    lr: float | None = None,
     steps: int | None = None,
     every: int = 1,
     optimizer: Optimizer | MakeOptimizer | None = None,
@@ -182,13 +185,14 @@ def smoothness(
 
     Args:
         model: A model, in any mode.
-        batches: A batch, a list of batches or a loader; they are read once and used in turn.
+        batches: A batch, a list of batches or a loader; the first `steps` of them are read once and used in turn.
         loss: `loss(output, target)`, with the second element of a tuple or list as the target. None: the model's own.
-        lr: The learning rate of the steps, and what the multiples multiply.
+        lr: What the multiples multiply, and the learning rate of the steps that SGD takes. None: that of the
+            optimizer's first group, and 0.1 without an optimizer.
         steps: How many training steps; by default one a batch.
         every: Measure at each such step.
-        optimizer: Takes the steps: one over the model's parameters, which is put back afterwards, or a function that
-            makes one of parameters, as `lambda p: torch.optim.AdamW(p, 1e-3)`. None: SGD with `lr`.
+        optimizer: Takes the steps, at its own rates: one over the model's parameters, which is put back afterwards, or
+            a function that makes one of parameters, as `lambda p: torch.optim.AdamW(p, 1e-3)`. None: SGD with `lr`.
         multiples: The step sizes, as multiples of `lr`.
         distances: The distances, in the space of the parameters.
         mode: "train" or "eval".
@@ -205,12 +209,15 @@ def smoothness(
     >>> round(found.beta, 4), len(found.steps)  # the second derivative of w² is 2
     (2.0, 3)
     """
-    _check(lr=(lr,), every=(every,), steps=() if steps is None else (steps,), multiples=multiples, distances=distances)
+    given_lr, given_steps = () if lr is None else (lr,), () if steps is None else (steps,)
+    _check(lr=given_lr, every=(every,), steps=given_steps, multiples=multiples, distances=distances)
     live = optimizer if isinstance(optimizer, Optimizer) else None
-    sizes, far = tuple(sorted(lr * m for m in multiples)), tuple(sorted(distances))
+    far = tuple(sorted(distances))
     with measuring(model, mode, optimizer=live, batches=batches):
-        given = read(batches)
-        taking, found = stepper(optimizer, model, lr), []
+        given, found = read(batches, steps), []
+        taking = stepper(optimizer, model, _LR if lr is None else lr)
+        lr = float(taking.param_groups[0]["lr"]) if lr is None else lr
+        sizes = tuple(sorted(lr * m for m in multiples))
         for step, batch in enumerate(islice(cycle(given), steps or len(given))):
             if step % every == 0:
                 found.append(_measured(step, Objective(model, [batch], loss, forward), model, sizes, far))
@@ -237,8 +244,8 @@ def _measured(
     return Step(
         step=step,
         loss=loss,
-        gradient_norm=length,
-        weight_norm=weight_norm(model.parameters()),
+        gradient_norm=_or(length, math.inf),
+        weight_norm=_or(weight_norm(model.parameters()), math.inf),
         by_step=_along(objective, loss, gradient, gradient, sizes),
         by_distance=_along(objective, loss, gradient, unit, far),
     )
@@ -246,7 +253,7 @@ def _measured(
 
 def _along(objective: Objective, loss: float, gradient: Tensor, direction: Tensor, sizes: Sequence[float]) -> Along:
     """The grid of points at minus `sizes` times the direction."""
-    losses, changes, cosines, betas = [loss], [], [], []
+    losses, changes, cosines, betas = [_or(loss, math.inf)], [], [], []
     length, unit = gradient.norm().item(), float(direction.norm())
     for size in sizes:
         with objective.moved(-size * direction):
@@ -254,9 +261,10 @@ def _along(objective: Objective, loss: float, gradient: Tensor, direction: Tenso
         change = _or((moved - gradient).norm().item(), math.inf)
         losses.append(_or(there, math.inf))
         changes.append(change)
-        betas.append(change / (size * unit) if unit else 0.0)
+        betas.append(_or(change / (size * unit), math.inf) if unit else 0.0)
         cosines.append(_or(torch.cosine_similarity(moved, gradient, dim=0).item(), -1.0))
-    return Along(tuple(losses), max(changes), max(betas), max(changes) / length if length else 0.0, min(cosines))
+    relative = _or(max(changes) / length, math.inf) if length else 0.0
+    return Along(tuple(losses), max(changes), max(betas), relative, min(cosines))
 
 
 def _or(value: float, worst: float) -> float:

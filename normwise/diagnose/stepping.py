@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
@@ -34,6 +35,7 @@ def stepper(optimizer: Optimizer | MakeOptimizer | None, model: nn.Module, lr: f
 def descend(model: nn.Module, batch: Any, loss: Loss | None, forward: Forward | None, optimizer: Optimizer) -> float:
     """Take one training step; the loss before it."""
     optimizer.zero_grad()
+    torch.clear_autocast_cache()  # casts of the weights before the last step, where an autocast is around it
     value = loss_of(model, batch, loss, forward)
     value.backward()  # type: ignore[no-untyped-call]
     optimizer.step()

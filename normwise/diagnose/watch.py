@@ -146,6 +146,6 @@ def loss_if_any(model: nn.Module, batch: Any, output: Any, loss: Loss | None) ->
 
 
 def floats_in(value: Any) -> list[Tensor]:
-    """The tensors of real numbers in a value that have at least one element."""
+    """The dense tensors of real numbers in a value that have at least one element; no float8, which is for storage."""
     found = (tensor for tensor in tensors_in(value) if tensor.is_floating_point() and tensor.layout == torch.strided)
-    return [tensor for tensor in found if not tensor.is_nested and tensor.numel() > 0]
+    return [tensor for tensor in found if not tensor.is_nested and tensor.element_size() > 1 and tensor.numel() > 0]
