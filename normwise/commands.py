@@ -43,6 +43,7 @@ def options(
 
 # Options of `tune`
 
+_WAIT = 60.0  # seconds
 Norms = Annotated[str, typer.Option(help="Names, group:G, patterns; name=... gives a label.")]
 Margin = Annotated[float | None, typer.Option(help="The smallest difference that matters. [default: 0.5 points]")]
 Steps = Annotated[int | None, typer.Option(help="Steps of a trial. [default: 200; 40 or 100 on built-in data]")]
@@ -114,7 +115,7 @@ def tune(
     worker: Annotated[
         bool, typer.Option("--worker", help="Join the study, from any machine; it says what is run.")
     ] = False,
-    wait: Annotated[float, typer.Option(help="Seconds that a worker waits for the study to begin.")] = 60.0,
+    wait: Annotated[float, typer.Option(help="Seconds that a worker waits for the study to begin.")] = _WAIT,
     device: Annotated[str, typer.Option(help="Where to train, as torch names it.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Output folder. [default: runs/MODEL-DATA]")] = None,
     measures: Measures = True,
@@ -131,23 +132,21 @@ def tune(
         from normwise.tuning.joining import Asked
         from normwise.tuning.options import Options
         from normwise.tuning.output import to_json
-        from normwise.tuning.place import Place, check_place
+        from normwise.tuning.place import Place, check_place, check_words
         from normwise.tuning.prepare import default_name
 
         common = (norms, lrs, seeds, confirm, steps, batch_size, loss, metric, optimizer, schedule, margin, device)
         axes = (start, placement, weight_decay, epochs)
         options = Options(*common, *axes, sampler, trials, prune, control).plain()
         asked = Asked(model, data, train, options)
+        _check_modes(worker=worker, dry_run=dry_run, json=json, waits=wait != _WAIT)
         if worker:
-            if dry_run or json:
-                raise StudyError(f"{'dry-run' if dry_run else 'json'} does nothing with worker")
             finished, mine = join(asked, Place(workers, storage, out, resume, force, study), wait=wait)
             typer.echo(f"the study {study!r} is complete: {mine} of its {len(finished.records)} trials were run here")
             return
         folder = out or Path("runs", default_name(model, data, train))
         place = Place(workers, storage, folder, resume, force, study, folder.name, measures)
-        if not dry_run:
-            check_place(place)
+        (check_words if dry_run else check_place)(place)
         plan = asked.plan()
         if dry_run:
             typer.echo(plan.text(place.count(device)))
@@ -190,6 +189,20 @@ def explain(
 
 app.add_typer(model_commands.app)
 app.add_typer(lessons.app)
+
+
+def _check_modes(*, worker: bool, dry_run: bool, json: bool, waits: bool) -> None:
+    """Refuse options that would do nothing. Raises StudyError."""
+    idle = (
+        ("dry-run", dry_run, "worker", worker),
+        ("json", json, "worker", worker),
+        ("json", json, "dry-run", dry_run),
+    )
+    for name, given, mode, chosen in idle:
+        if given and chosen:
+            raise StudyError(f"{name} does nothing with {mode}")
+    if waits and not worker:
+        raise StudyError("wait does nothing without worker")
 
 
 def _redrawn(folder: Path) -> Path:

@@ -241,6 +241,8 @@ def join(given: Asked, place: Place, *, wait: float = WAIT_SECONDS, progress: bo
     Ctrl-C; the trials that were running are given back.
     """
     check_worker(place)
+    if not wait >= 0:
+        raise StudyError(f"wait={wait:g}: must be 0 seconds or more")
     url, name = str(place.storage), place.study_name
     store = await_study(url, name, wait, _say if progress else _keep_quiet)
     view = watch(store.settings, shown=progress)

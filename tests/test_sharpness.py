@@ -341,7 +341,7 @@ def test_the_meaning() -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "method": ({"method": "power"}, "method='power': it is one of auto, exact, differences"),
-    "mode": ({"mode": "test"}, "mode='test': it is 'train' or 'eval'"),
+    "mode": ({"mode": "test"}, "mode='test': it is 'train', 'eval' or 'current', which leaves every module in its own"),
     "none": ({"batches": []}, "there are no batches to measure with"),
     "iterator": (
         {"batches": iter([])},

@@ -270,7 +270,7 @@ def test_the_meaning() -> None:
         ({"multiples": (1.0, math.nan)}, "multiples: nan is not positive"),
         ({"distances": ()}, "distances is empty: give one number or more"),
         ({"optimizer": lambda p: None}, "optimizer made a NoneType, not a torch.optim.Optimizer"),
-        ({"mode": "fast"}, "mode='fast': it is 'train' or 'eval'"),
+        ({"mode": "fast"}, "mode='fast': it is 'train', 'eval' or 'current', which leaves every module in its own"),
     ],
 )
 def test_refusals(given: dict[str, Any], message: str) -> None:

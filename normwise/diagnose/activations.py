@@ -86,7 +86,7 @@ class Activations(Result):
     """The activations of a model; see `activations`.
 
     Attributes:
-        mode: "train" or "eval".
+        mode: "train", "eval" or "current".
         batches: How many batches they are from.
         calls: What was seen, in the order of the calls.
     """
@@ -176,7 +176,7 @@ def activations(
         batches: A batch, a list of batches or a loader; all of them are read once and kept.
         loss: `loss(output, target)`, with the second element of a tuple or list as the target; for the gradients.
             None: the model's own, its output or the `loss` in it.
-        mode: "train" or "eval".
+        mode: "train", "eval", or "current": every module in the mode that it is in.
         forward: `forward(model, batch)`, for models that are called otherwise.
         layers: Only modules whose path matches a pattern or one of several, as `"blocks.*"`, whatever they call.
         gradients: Whether to measure the gradients of the activations as well. None: if there is a `loss`.

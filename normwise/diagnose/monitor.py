@@ -205,11 +205,11 @@ def _smoothness(monitor: Monitor, batch: Any, forward: Forward | None) -> Result
 
 
 def _sharpness(monitor: Monitor, batch: Any, forward: Forward | None) -> Result:
-    return sharpness(monitor.model, [batch], monitor.loss, forward=forward)
+    return sharpness(monitor.model, [batch], monitor.loss, mode="current", forward=forward)
 
 
 def _activations(monitor: Monitor, batch: Any, forward: Forward | None) -> Result:
-    return activations(monitor.model, [batch], forward=forward)
+    return activations(monitor.model, [batch], mode="current", forward=forward)
 
 
 def _gap(monitor: Monitor, batch: Any, forward: Forward | None) -> Result:

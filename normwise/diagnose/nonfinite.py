@@ -27,7 +27,7 @@ class NonFinite(Result):
 
     Attributes:
         found: Whether there is one; otherwise all that follows is empty.
-        mode: "train" or "eval".
+        mode: "train", "eval" or "current".
         phase: "parameter", "buffer" or "batch" (it was there before anything was computed), "forward", "loss" or
             "backward".
         path: The path of the module, the class of a root; the name of a parameter or buffer; the place in a batch, as
@@ -139,7 +139,7 @@ def first_nonfinite(
             its output or the `loss` in it, and if it has none, no backward pass.
         forward: `forward(model, batch)`, for models that are called otherwise.
         backward: Whether to look at the backward pass.
-        mode: "train" or "eval".
+        mode: "train", "eval", or "current": every module in the mode that it is in.
 
     Returns:
         A record; `found` is False where every value is finite. `repr` says what it means in one line.

@@ -17,7 +17,7 @@ from normwise.batches import Forward, Loss, loss_of, rows_of
 from normwise.errors import DiagnosisError
 from normwise.untouched import Moment, untouched
 
-Mode = Literal["train", "eval"]
+Mode = Literal["train", "eval", "current"]  # "current": every module as it is, frozen ones in a model that trains
 Batches = Iterable[Any]
 
 
@@ -170,12 +170,13 @@ def measuring(
         DiagnosisError: an unknown mode; sizes that are not known yet.
     """
     if mode not in get_args(Mode):
-        raise DiagnosisError(f"mode={mode!r}: it is 'train' or 'eval'")
+        raise DiagnosisError(f"mode={mode!r}: it is 'train', 'eval' or 'current', which leaves every module in its own")
     waiting = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
     if waiting:
         raise DiagnosisError(f"{waiting[0]} has no size yet: run a batch through the model first")
     with untouched(model, values=values, optimizer=optimizer, batches=batches), torch.enable_grad():
-        model.train(mode == "train")
+        if mode != "current":
+            model.train(mode == "train")
         yield
 
 

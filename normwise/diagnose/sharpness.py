@@ -31,7 +31,7 @@ class Sharpness(Result):
     """The curvature of the loss at one point; see `sharpness`.
 
     Attributes:
-        mode: "train" or "eval".
+        mode: "train", "eval" or "current".
         largest: The algebraically largest eigenvalue of the Hessian, with its error bound.
         smallest: The smallest one.
         along_gradient: gᵀHg / gᵀg for the gradient g of all batches; None where g is 0.
@@ -147,7 +147,7 @@ def sharpness(
         batches: A batch, a list of batches or a loader; all of them are read once and kept.
         loss: `loss(output, target)`, with the second element of a tuple or list as the target. None: the model's own,
             its output or the `loss` in it.
-        mode: "train" or "eval".
+        mode: "train", "eval", or "current": every module in the mode that it is in.
         forward: `forward(model, batch)`, for models that are called otherwise.
         modules: Also the blocks of single modules, those with parameters of their own: all of them, or the paths that
             match one of the patterns, as in `["layers.*.attn*"]`.

@@ -78,7 +78,7 @@ class Smoothness(Result):
     """The smoothness of the loss along the gradient over some training steps; see `smoothness`.
 
     Attributes:
-        mode: "train" or "eval".
+        mode: "train", "eval" or "current".
         lr: The learning rate that the step sizes are multiples of.
         sizes: The step sizes of `by_step`.
         distances: The distances of `by_distance`.
@@ -195,7 +195,7 @@ def smoothness(
             a function that makes one of parameters, as `lambda p: torch.optim.AdamW(p, 1e-3)`. None: SGD with `lr`.
         multiples: The step sizes, as multiples of `lr`.
         distances: The distances, in the space of the parameters.
-        mode: "train" or "eval".
+        mode: "train", "eval", or "current": every module in the mode that it is in.
         forward: `forward(model, batch)`, for models that are called otherwise.
 
     Returns:

@@ -12,7 +12,7 @@ from typing import Any
 import optuna
 import sqlalchemy.exc
 from sqlalchemy import event
-from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.engine import URL, Engine, make_url
 
 from normwise.errors import MissingExtraError
 
@@ -65,7 +65,7 @@ def without_password(url: str) -> str:
     'postgresql://host/studies?user=ada&password=***'
     """
     try:
-        make_url(url)
+        _parsed(url)
     except sqlalchemy.exc.ArgumentError:
         return ""
     return _QUERIED.sub(rf"\1{_HIDDEN}", _PASSWORD.sub(rf"\1{_HIDDEN}@", url))
@@ -84,11 +84,19 @@ def purged(text: str, url: str | None) -> str:
 
 def _secrets(url: str | None) -> list[str]:
     try:
-        address = make_url(url or "")
+        address = _parsed(url or "")
     except sqlalchemy.exc.ArgumentError:
         return [url] if url else []
     queried = [str(value) for key, value in address.query.items() if "password" in key.lower()]
     return [secret for secret in (address.password, *queried) if secret]
+
+
+def _parsed(url: str) -> URL:
+    """The parts of an address. Raises SQLAlchemy's ArgumentError, which repeats none of them, for what is none."""
+    try:
+        return make_url(url)
+    except ValueError:  # what stands for the port may be a piece of the password
+        raise sqlalchemy.exc.ArgumentError("its port is no number; write an @ in a password as %40") from None
 
 
 def _with_driver(url: str) -> str:
@@ -102,7 +110,7 @@ def _with_driver(url: str) -> str:
 
 
 def _database(url: str) -> optuna.storages.RDBStorage:
-    address = make_url(url)
+    address = _parsed(url)
     kind = address.get_backend_name()
     file = kind == "sqlite" and address.database not in (None, "", ":memory:")
     with warnings.catch_warnings():

@@ -57,7 +57,7 @@ def condense(
         lr_train=edges.train,
         lr_diverge=edges.diverge,
         margin_octaves=_octaves(edges.train.get(HEADLINE), lr_best),
-        sensitivity=sensitivity(trials, declared_rates(settings.at(variant))) if grid else None,
+        sensitivity=sensitivity(trials, declared_rates(settings.at(variant))) if grid and choice else None,
         selection=_sorted(record for rows in trials.values() for record in rows),
         confirmation=confirmation,
         horizon=of_phase(records, label, "horizon"),

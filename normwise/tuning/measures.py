@@ -55,7 +55,10 @@ def measure(problem: Problem, summary: Summary, view: Progress) -> dict[str, Mea
     for norm in summary.norms:
         if norm.confirmation:
             view.say(f"measuring inside the training of {norm.label}")
-            found[norm.label] = _measures(problem, data, norm, examined=norm.label == summary.verdict.winner)
+            try:
+                found[norm.label] = _measures(problem, data, norm, examined=norm.label == summary.verdict.winner)
+            except NormwiseError as error:  # the verdict stands without
+                view.say(f"{error}; the report does without what was to be measured")
     return found
 
 

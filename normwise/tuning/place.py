@@ -42,6 +42,16 @@ class Place:
 
 def check_place(place: Place) -> None:
     """Refuse what cannot be written to before anything is computed. Raises StudyError."""
+    check_words(place)
+    if place.out is None:
+        return
+    output.check(place.out, resume=place.resume, force=place.force)
+    if place.resume and place.storage is None and not (place.out / output.STUDY).is_file():
+        raise StudyError(f"{place.out} has no study to resume: leave --resume out to start one")
+
+
+def check_words(place: Place) -> None:
+    """Refuse what contradicts itself, wherever it would be written. Raises StudyError."""
     _check_workers(place)
     if place.resume and place.force:
         raise StudyError("resume goes on with a study, force replaces it: choose one")
@@ -49,11 +59,6 @@ def check_place(place: Place) -> None:
         raise StudyError("there is nothing to resume: give the out folder or the storage of the study")
     if place.study is not None and place.storage is None:
         raise StudyError(f"study={place.study!r} names a study in a storage: give the storage as well")
-    if place.out is None:
-        return
-    output.check(place.out, resume=place.resume, force=place.force)
-    if place.resume and place.storage is None and not (place.out / output.STUDY).is_file():
-        raise StudyError(f"{place.out} has no study to resume: leave --resume out to start one")
 
 
 def check_worker(place: Place) -> None:

@@ -6,6 +6,8 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
 
 from normwise.errors import StudyError
 from normwise.tuning import output, storage
@@ -32,10 +34,7 @@ def open_store(asked: Asked, plan: Plan, place: Place) -> storage.Store:
 
     Raises StudyError when it cannot be written, is there already, or was started on something else.
     """
-    store = _store(plan, place)
-    store.note(ASKED, asked.to_dict())
-    store.note(BACKGROUND, background_here(plan, place).to_dict())
-    return store
+    return _store(plan, place, {ASKED: asked.to_dict(), BACKGROUND: background_here(plan, place).to_dict()})
 
 
 def background_here(plan: Plan, place: Place, times: dict[str, float | None] | None = None) -> Background:
@@ -101,13 +100,16 @@ def ordered(settings: Settings, records: list[Record]) -> list[Record]:
     return sorted(records, key=key)
 
 
-def _store(plan: Plan, place: Place) -> storage.Store:
+def _store(plan: Plan, place: Place, notes: dict[str, Any]) -> storage.Store:
+    new = partial(storage.create, place.url, place.study_name, plan.settings, plan.facts, notes=notes)
     if not place.resume or place.url is None:
-        return storage.create(place.url, place.study_name, plan.settings, plan.facts, replace=place.force)
+        return new(replace=place.force)
     if place.storage is None and not storage.begun(place.url, place.study_name):  # killed in its first moments
-        return storage.create(place.url, place.study_name, plan.settings, plan.facts, replace=True)
+        return new(replace=True)
     store = storage.open_study(place.url, place.study_name)
     check_same(plan, store, _SAME_SETTINGS)
+    for name, value in notes.items():
+        store.note(name, value)
     return store
 
 

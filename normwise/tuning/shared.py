@@ -62,6 +62,7 @@ class Queue:
         self._store, self._chance, self._say = store, chance, say
         self._wanted: tuple[Request, ...] = ()  # missing when it was last asked
         self._records: dict[Request, Record] = {}
+        self._asked = -1  # how many records there were then
         self._told = 0  # of the records
         self._requests: dict[int, Request | None] = {}  # by trial number
         self._open: frozenset[int] = frozenset()  # trials that this process runs
@@ -157,7 +158,8 @@ class Queue:
         """What is missing and neither waits nor runs."""
         taken = self._taken(trials)
         free = [request for request in self._wanted if request not in taken]
-        if not free:
+        if not free and len(self._records) != self._asked:
+            self._asked = len(self._records)
             self._wanted = next_requests(self._store.settings, self._records.values(), chance=self._chance)
             free = [request for request in self._wanted if request not in taken]
         return free

@@ -7,7 +7,7 @@ that several machines share has trials that wait or run as well; `shared` tells 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -113,8 +113,18 @@ def request_of(trial: FrozenTrial) -> Request | None:
     return Request.from_dict(trial.user_attrs[_RECORD]["request"]) if _RECORD in trial.user_attrs else None
 
 
-def create(url: str | None, name: str, settings: Settings, facts: dict[str, str], *, replace: bool = False) -> Store:
+def create(
+    url: str | None,
+    name: str,
+    settings: Settings,
+    facts: dict[str, str],
+    *,
+    notes: Mapping[str, Any] | None = None,
+    replace: bool = False,
+) -> Store:
     """A new study in a storage (None: in memory); `replace` deletes one of the same name first.
+
+    The settings are written last, after facts and notes: a study that has them has all that a worker asks for.
 
     Raises StudyError when the storage cannot be reached, or has a study of that name.
     """
@@ -129,7 +139,8 @@ def create(url: str | None, name: str, settings: Settings, facts: dict[str, str]
             raise StudyError(
                 f"the storage has a study named {name!r} already: --resume goes on with it, --force replaces it"
             ) from None
-        study.set_user_attr(_FACTS, facts)
+        for key, value in {_FACTS: facts, **(notes or {})}.items():
+            study.set_user_attr(key, value)
         study.set_user_attr(_SETTINGS, settings.to_dict())
     return Store(study, storage, settings, facts, url)
 

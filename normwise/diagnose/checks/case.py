@@ -237,7 +237,7 @@ class Case:
     def activations(self) -> Activations:
         """The statistics of what each layer gives, of the first batches with rows enough."""
         self.start()
-        return activations(self.model, self._first(ENOUGH_ROWS), forward=self.forward)
+        return activations(self.model, self._first(ENOUGH_ROWS), mode="current", forward=self.forward)
 
     def _first(self, rows: int) -> list[Any]:
         """The first batches that have so many rows together."""

@@ -111,7 +111,8 @@ def rate_against_sharpness(case: Case) -> Iterator[Finding]:
     """A learning rate that the curvature here does not bear."""
     lr, threshold = _step(case)
     given = case.batches[:_ENOUGH]
-    found = sharpness(case.model, given, case.loss, forward=case.forward, tolerance=0.1, most=20).largest.value
+    measured = sharpness(case.model, given, case.loss, mode="current", forward=case.forward, tolerance=0.1, most=20)
+    found = measured.largest.value
     excess = found / threshold
     if excess > _FAR:
         bearable = float(f"{lr / excess:.1e}")

@@ -285,7 +285,7 @@ def _paths(rows: list[Activation]) -> tuple[str, ...]:
 
 def non_finite(case: Case) -> Iterator[Finding]:
     """The first module that makes NaN or infinity."""
-    found = first_nonfinite(case.model, list(case.batches), case.loss, forward=case.forward)
+    found = first_nonfinite(case.model, list(case.batches), case.loss, mode="current", forward=case.forward)
     if found.found and not (found.phase == "buffer" and "running_" in found.path):  # that is a memory's finding
         yield Finding(
             "non-finite",
