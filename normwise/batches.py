@@ -40,11 +40,14 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss | None = None, forward: For
     batch. Without a loss it is the model's own: its output, if that is one number, or the `loss` in it.
 
     Raises:
-        DiagnosisError: what came is not one number.
+        DiagnosisError: what is given is no function; what came is not one number.
 
     >>> loss_of(nn.Linear(2, 1), (torch.zeros(3, 2), torch.ones(3, 1)), nn.functional.mse_loss).shape
     torch.Size([])
     """
+    if isinstance(loss, type) or not (loss is None or callable(loss)):
+        kind = f"the class {loss.__name__}: give an instance of it," if isinstance(loss, type) else f"{loss!r}: give"
+        raise DiagnosisError(f"loss is {kind} a function called as loss(output, target)")
     batch = moved(batch, device_of(model))
     output = feed(model, batch, forward)
     value = _own_loss(output) if loss is None else loss(output, target_of(batch))

@@ -33,7 +33,7 @@ from normwise.tuning.place import Place, check_place, check_worker
 from normwise.tuning.preflight import measure_steps
 from normwise.tuning.prepare import DEFAULT_DATA, DEFAULT_MODEL, Plan, default_name
 from normwise.tuning.progress import Progress, watch
-from normwise.tuning.records import Record, Settings, Summary, Verdict
+from normwise.tuning.records import Record, Settings, Summary, Variant, Verdict
 from normwise.tuning.running import StudyInterrupted, background_here, open_store, ordered, run_all, run_shared, told
 from normwise.tuning.search import best_choices, expected_trials, next_requests
 from normwise.tuning.storage import Store
@@ -225,7 +225,7 @@ def carry_out(asked: Asked, plan: Plan, place: Place, *, progress: bool = True) 
             records = run_all(plan, place, store, folder, view)
             view.say("measuring the time of a step")
             best = {label: choice.variant for label, choice in best_choices(plan.settings, records).items()}
-            background = background_here(plan, place, measure_steps(plan.problem, plan.checks, best))
+            background = background_here(plan, place, _step_times(plan, best, view))
             store.note(BACKGROUND, background.to_dict())
             study = _study(store, background, records, place.out)
             if place.measures:
@@ -297,6 +297,15 @@ def _study(store: Store, background: Background, records: list[Record], out: Pat
         seconds=store.seconds(),
     )
     return Study(store.settings, tuple(records), with_measures(summary, measures_in(store) or {}), out)
+
+
+def _step_times(plan: Plan, best: dict[str, Variant], view: Progress) -> dict[str, float | None]:
+    """Milliseconds of a step by label; a verdict that stands is not lost for want of them."""
+    try:
+        return measure_steps(plan.problem, plan.checks, best)
+    except StudyError as error:
+        view.say(str(error))
+        return dict.fromkeys(plan.problem.choices)
 
 
 def _looked_into(study: Study, plan: Plan, store: Store, view: Progress) -> Study:

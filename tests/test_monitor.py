@@ -117,6 +117,7 @@ def test_an_error_of_torch_or_of_the_model_stops_nothing() -> None:
             {"measures": ["sharpnes"]},
             "no measure named 'sharpnes'; there are smoothness, sharpness, activations, gap",
         ),
+        ({"measures": "sharpness"}, "measures='sharpness': give a list of names, as ['sharpness']"),
         ({"every": 0}, "every=0: measure at every step (1), or at fewer"),
     ],
 )
@@ -127,4 +128,6 @@ def test_what_it_refuses(options: dict[str, object], text: str) -> None:
 
 
 def test_before_the_first_step() -> None:
-    assert repr(nw.Monitor(network(), LOSS).history) == "History: nothing was measured yet"
+    monitor = nw.Monitor(network(), LOSS, every=5, measures=["gap"])
+    assert repr(monitor.history) == "History: nothing was measured yet"
+    assert repr(monitor) == "Monitor of gap at every 5. step; nothing was measured yet"

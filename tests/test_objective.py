@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+import normwise as nw
 from normwise.batches import moved
 from normwise.diagnose.objective import Objective, measuring, read, weight_norm
 from normwise.errors import DiagnosisError
@@ -218,3 +219,56 @@ def test_what_cannot_be_read(batches: Any, message: str) -> None:
     with pytest.raises(DiagnosisError) as caught:
         read(batches)
     assert str(caught.value) == message
+
+
+# ------------------------------------------------------------------------------------------- what is given to a measure
+
+
+def test_what_a_loader_yields_is_one_batch_and_a_stream_is_many() -> None:
+    x, labels = torch.randn(8, 3), torch.zeros(8, dtype=torch.long)
+    assert len(read([x, labels])) == 1
+    assert len(read([x, torch.randn(8, 1)])) == 1
+    assert len(read([x, torch.randn(5, 3)])) == 2
+    assert len(read([(x, labels), (x, labels)])) == 2
+    loader = DataLoader(TensorDataset(x, labels), 4)
+    model = nn.Linear(3, 2)
+    one = nw.sharpness(model, next(iter(loader)), nn.functional.cross_entropy)
+    assert one.largest == nw.sharpness(model, [tuple(next(iter(loader)))], nn.functional.cross_entropy).largest
+
+
+def test_the_current_mode_leaves_a_frozen_norm_frozen() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model[1].eval()
+    batch = torch.randn(8, 3) * 3, torch.zeros(8, dtype=torch.long)
+    found = {mode: nw.sharpness(model, batch, nn.functional.cross_entropy, mode=mode) for mode in ("current", "train")}
+    model.eval()
+    frozen = nw.sharpness(model, batch, nn.functional.cross_entropy, mode="eval").largest.value
+    assert found["current"].largest.value == pytest.approx(frozen)
+    assert found["train"].largest.value != pytest.approx(frozen, rel=0.05)
+
+
+def test_inference_mode_is_left_for_a_while() -> None:
+    model, batch = nn.Linear(3, 1), (torch.randn(8, 3), torch.randn(8, 1))
+    outside = nw.sharpness(model, batch, nn.functional.mse_loss)
+    with torch.inference_mode():
+        assert nw.sharpness(model, batch, nn.functional.mse_loss).largest == outside.largest
+        assert torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "text"),
+    [
+        ([1], None, "model is a list, not a torch.nn.Module"),
+        (None, "mse", "loss is 'mse': give a function called as loss(output, target)"),
+        (
+            None,
+            nn.MSELoss,
+            "loss is the class MSELoss: give an instance of it, a function called as loss(output, target)",
+        ),
+    ],
+)
+def test_arguments_that_are_something_else(model: object, loss: object, text: str) -> None:
+    with pytest.raises(DiagnosisError) as caught:
+        nw.smoothness(model or nn.Linear(3, 1), (torch.randn(8, 3), torch.randn(8, 1)), loss)  # type: ignore[arg-type]
+    assert str(caught.value) == text

@@ -7,7 +7,8 @@ from dataclasses import replace
 import report_example
 from report_pages import Page, cells, own, visible
 
-from normwise.report import render, words
+from normwise.report import axes, render, words
+from normwise.tuning.records import VariantSummary
 
 
 def test_a_study_that_is_healthy_says_so_and_how_to_see_more() -> None:
@@ -96,3 +97,12 @@ def test_the_control_stands_beside_every_edge() -> None:
         "As a ratio to none, in the study and in the control: batch 13.3× and 4.44× (3.7 and 2.2 octaves); "  # noqa: RUF001
         in visible(page)
     )
+
+
+def test_a_combination_with_a_failed_seed_is_not_drawn_as_the_best() -> None:
+    whole, broken = (
+        VariantSummary((("batch_size", 8), ("optimizer", name)), 0.1, score, None, failed)
+        for name, score, failed in (("sgd", 80.0, 0), ("adamw", 90.0, 2))
+    )
+    found = axes._best((broken, whole), "batch_size", (8, 32), largest=True)
+    assert found == {8: whole, 32: None}

@@ -264,10 +264,10 @@ def test_the_meaning() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"lr": 0.0}, "lr: 0.0 is not positive"),
-        ({"steps": 0}, "steps: 0 is not positive"),
-        ({"every": -1}, "every: -1 is not positive"),
-        ({"multiples": (1.0, math.nan)}, "multiples: nan is not positive"),
+        ({"lr": 0.0}, "lr: 0.0 is not a positive number"),
+        ({"steps": 0}, "steps: 0 is not a positive number"),
+        ({"every": -1}, "every: -1 is not a positive number"),
+        ({"multiples": (1.0, math.nan)}, "multiples: nan is not a positive number"),
         ({"distances": ()}, "distances is empty: give one number or more"),
         ({"optimizer": lambda p: None}, "optimizer made a NoneType, not a torch.optim.Optimizer"),
         ({"mode": "fast"}, "mode='fast': it is 'train', 'eval' or 'current', which leaves every module in its own"),

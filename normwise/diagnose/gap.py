@@ -73,6 +73,8 @@ class Gap(Result):
                 f", {number(self.batch)} with batch statistics, {number(self.recalibrated)} recalibrated, "
                 f"{number(self.training)} in training mode"
             )
+        if any(loss is not None and not math.isfinite(loss) for loss in (self.moving, self.batch)):
+            return f"{losses}; nw.first_nonfinite tells where it begins"
         cause = max(self.shares, key=self.shares.__getitem__)
         return (
             f"{losses}; memories differ most in {worst.path} (by {number(worst.difference)}), in all "

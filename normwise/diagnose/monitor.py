@@ -19,6 +19,8 @@ from normwise.diagnose.smoothness import smoothness
 from normwise.diagnose.thresholds import stability_threshold
 from normwise.errors import DiagnosisError
 
+_PRODUCTS = 30  # with the Hessian, at most: a training is not to wait for the last digit
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -115,6 +117,8 @@ class Monitor:
         measures: Sequence[str] = ("smoothness", "sharpness", "activations"),
         forward: Forward | None = None,
     ) -> None:
+        if isinstance(measures, str):
+            raise DiagnosisError(f"measures={measures!r}: give a list of names, as [{measures!r}]")
         for name in measures:
             if name not in MEASURES:
                 raise DiagnosisError(f"no measure named {name!r}; there are {', '.join(MEASURES)}")
@@ -174,6 +178,9 @@ class Monitor:
 
         return lightning(self)
 
+    def __repr__(self) -> str:
+        return f"Monitor of {', '.join(self._measures)} at every {self._every}. step; {self.history.meaning}"
+
     def _snapshot(self, batch: Any, forward: Forward | None) -> Snapshot:
         results, failed = {}, {}
         for name in self._measures:
@@ -201,11 +208,12 @@ class Monitor:
 def _smoothness(monitor: Monitor, batch: Any, forward: Forward | None) -> Result:
     if monitor.lr == 0:
         raise DiagnosisError("the learning rate is 0, as a warm-up begins: there is no step to look along")
-    return smoothness(monitor.model, [batch], monitor.loss, lr=monitor.lr, forward=forward)
+    return smoothness(monitor.model, [batch], monitor.loss, lr=monitor.lr, mode="current", forward=forward)
 
 
 def _sharpness(monitor: Monitor, batch: Any, forward: Forward | None) -> Result:
-    return sharpness(monitor.model, [batch], monitor.loss, mode="current", forward=forward)
+    batches, loss = [batch], monitor.loss
+    return sharpness(monitor.model, batches, loss, mode="current", forward=forward, tolerance=0.05, most=_PRODUCTS)
 
 
 def _activations(monitor: Monitor, batch: Any, forward: Forward | None) -> Result:

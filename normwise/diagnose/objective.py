@@ -167,14 +167,17 @@ def measuring(
     """The model in a mode, with gradients; afterwards it is as it was, bit for bit, whatever happens within.
 
     Raises:
-        DiagnosisError: an unknown mode; sizes that are not known yet.
+        DiagnosisError: what is given is no model; an unknown mode; sizes that are not known yet.
     """
+    if not isinstance(model, nn.Module):
+        raise DiagnosisError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     if mode not in get_args(Mode):
         raise DiagnosisError(f"mode={mode!r}: it is 'train', 'eval' or 'current', which leaves every module in its own")
     waiting = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
     if waiting:
         raise DiagnosisError(f"{waiting[0]} has no size yet: run a batch through the model first")
-    with untouched(model, values=values, optimizer=optimizer, batches=batches), torch.enable_grad():
+    differentiable = torch.inference_mode(False), torch.enable_grad()
+    with untouched(model, values=values, optimizer=optimizer, batches=batches), differentiable[0], differentiable[1]:
         if mode != "current":
             model.train(mode == "train")
         yield
@@ -183,13 +186,16 @@ def measuring(
 def read(batches: Batches, most: int | None = None) -> list[Any]:
     """The batches, the first `most` of them; a tensor, a tuple or a mapping is one batch.
 
+    So is a list of tensors of different kinds, such as torch's loaders give inputs and targets in: batches of one
+    stream have the same dtype, and the same sizes but for their rows.
+
     A loader is read through a copy, so that an iterator that is at work on it goes on undisturbed, and one that stays
     for the next pass (`persistent_workers`) is not begun. `measuring` puts its generators back.
 
     Raises:
         DiagnosisError: there are none, or they could be read only once and would be lost.
     """
-    if isinstance(batches, (Tensor, Mapping, tuple)):
+    if isinstance(batches, (Tensor, Mapping, tuple)) or _is_one_batch(batches):
         return [batches]
     if isinstance(batches, Iterator):
         kind = type(batches).__name__
@@ -200,6 +206,13 @@ def read(batches: Batches, most: int | None = None) -> list[Any]:
     if not found:
         raise DiagnosisError("there are no batches to measure with")
     return found
+
+
+def _is_one_batch(batches: Any) -> bool:
+    """Whether a list has inputs and targets in it, and not batches."""
+    if not isinstance(batches, list) or not all(isinstance(part, Tensor) for part in batches):
+        return False
+    return len({(part.dtype, part.shape[1:]) for part in batches}) > 1
 
 
 def _apart(batches: Iterable[Any]) -> Iterable[Any]:

@@ -115,11 +115,12 @@ class Smoothness(Result):
     def meaning(self) -> str:
         """What was found, in one line."""
         low, high = (number(end) for end in (self.sizes[0], self.sizes[-1]))
-        return (
+        text = (
             f"along the gradient, steps of {low} to {high}, median of {len(self.steps)}: loss range "
             f"{number(self.loss_range)}, ‖Δg‖ {number(self.predictiveness)}, effective beta {number(self.beta)}, "
             f"‖W‖ {number(self.weight_norm)} in {self.mode} mode"
         )
+        return text if math.isfinite(self.loss_range) else f"{text}; nw.first_nonfinite tells where it begins"
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a training step; `_d` marks what was measured by distance."""
@@ -228,8 +229,8 @@ def smoothness(
 def _check(**values: Sequence[float]) -> None:
     for name, numbers in values.items():
         for value in numbers:
-            if not value > 0:
-                raise DiagnosisError(f"{name}: {value} is not positive")
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise DiagnosisError(f"{name}: {value} is not a positive number")
     for name in ("multiples", "distances"):
         if not values[name]:
             raise DiagnosisError(f"{name} is empty: give one number or more")

@@ -56,17 +56,24 @@ def _figure(summary: Summary, name: str, values: tuple[Value, ...]) -> Figure | 
 
 
 def _best(variants: Iterable[VariantSummary], name: str, values: tuple[Value, ...], *, largest: bool) -> Best:
-    """For each value the combination with the best score: the other axes are nuisances, as the learning rate is."""
-    sign = 1.0 if largest else -1.0
+    """For each value the best combination: the other axes are nuisances, as the learning rate is.
+
+    As in selection, the one with the fewest failed seeds, and then the best score.
+    """
     found: Best = dict.fromkeys(values)
     for own in variants:
         value = dict(own.variant).get(name)
         if own.score is None or value not in found:
             continue
         before = found[value]
-        if before is None or sign * own.score > sign * (before.score or 0.0):
+        if before is None or _standing(own, largest) > _standing(before, largest):
             found[value] = own
     return found
+
+
+def _standing(own: VariantSummary, largest: bool) -> tuple[int, float]:
+    score = own.score or 0.0
+    return -own.failed, score if largest else -score
 
 
 def _places(values: tuple[Value, ...]) -> dict[Value, float]:

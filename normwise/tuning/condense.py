@@ -92,9 +92,11 @@ def _one_variant(
 ) -> VariantSummary:
     trials = selection(settings, records, label, variant)
     lr_best = _best_lr(settings, trials)
-    scores = [r.score for r in trials.get(lr_best, ()) if r.score is not None] if lr_best is not None else []
+    rows = () if lr_best is None else trials[lr_best]
+    scores = [r.score for r in rows if r.score is not None]
     edge = _edges_of(settings, records, trials, chance).train.get(HEADLINE)
-    return VariantSummary(variant, lr_best, fmean(scores) if scores else None, edge)
+    failed = len(rows) - len(scores)
+    return VariantSummary(variant, lr_best, fmean(scores) if scores else None, edge, failed)
 
 
 def _best_lr(settings: Settings, trials: Trials) -> float | None:

@@ -177,7 +177,7 @@ def measure_steps(
     train = data.train.to(problem.settings.device)
     times: dict[str, list[float]] = {label: [] for label in problem.choices}
     quiet = redirect_stdout(sys.stderr)
-    with quiet, one_thread(), seeded(problem.settings.base_seed), blame("timing a step raised"):
+    with quiet, one_thread(), seeded(problem.settings.base_seed), blame("the time of a step cannot be measured:"):
         runs = {label: _fresh(problem, label, at[label], train) for label in problem.choices}
         for _ in range(_ROUNDS):
             for label, training in runs.items():

@@ -80,12 +80,16 @@ class Plan:
             "seeds": f"{settings.seeds} to select, {settings.confirm} fresh ones to confirm",
             "metric": f"{settings.metric}, margin {settings.margin:g} {settings.unit}".rstrip(),
             "trials": f"about {trials}",
-            "time": f"about {span(seconds)} with {workers} workers" if seconds else "unknown: the loop is yours",
+            "time": f"about {span(seconds)} {_hands(workers)}" if seconds else "unknown: the loop is yours",
         }
         if trials > _MOST_TRIALS:
             rows["warning"] = _too_many(settings, trials)
         width = max(map(len, rows))
         return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+
+
+def _hands(workers: int) -> str:
+    return "in this process" if workers == 0 else f"with {workers} worker{'s' * (workers > 1)}"
 
 
 def _rates(settings: Settings) -> str:

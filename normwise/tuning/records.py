@@ -168,6 +168,7 @@ class VariantSummary:
     lr_best: float | None
     score: float | None  # mean over the selection seeds at that rate, on validation data; a failed seed has no part
     lr_train: Edge | None  # at half of chance; None where the sampler draws rates, which have no edges
+    failed: int = 0  # selection seeds without a score at that rate; the combination with the fewest is the best
 
 
 @dataclass(frozen=True)

@@ -44,16 +44,16 @@ def background_here(plan: Plan, place: Place, times: dict[str, float | None] | N
 
 def run_all(plan: Plan, place: Place, store: storage.Store, folder: output.Folder, view: Progress) -> list[Record]:
     """Every trial that the search asks for, those of an earlier run and of other machines included."""
-    started = time.monotonic()
+    clock = _Clock(store)
     try:
         if place.storage is None:
-            _run(plan, place, store, folder, view)
+            _run(plan, place, store, folder, view, clock)
         else:
             run_shared(plan, place, store, view)
     finally:
         view.stop()
         with suppress(StudyError):  # a storage that has gone away is what the study ends with, or has come back
-            store.spend(time.monotonic() - started)
+            clock.tick(least=0.0)
     folder.keep()
     return ordered(plan.settings, store.records())
 
@@ -68,7 +68,21 @@ def run_shared(plan: Plan, place: Place, store: storage.Store, view: Progress) -
         return work(queue, runner, view)
 
 
-def _run(plan: Plan, place: Place, store: storage.Store, folder: output.Folder, view: Progress) -> None:
+class _Clock:
+    """Writes down the time that a study takes as it passes: a process that is killed loses seconds of it."""
+
+    def __init__(self, store: storage.Store) -> None:
+        self._store, self._noted = store, time.monotonic()
+
+    def tick(self, least: float = 5.0) -> None:
+        """Write down what has passed, if it is so many seconds."""
+        passed = time.monotonic() - self._noted
+        if passed >= least:
+            self._store.spend(passed)
+            self._noted += passed
+
+
+def _run(plan: Plan, place: Place, store: storage.Store, folder: output.Folder, view: Progress, clock: _Clock) -> None:
     records = store.records()
     view.start(max(expected_trials(plan.settings), len(records)), records)
     with _runner(plan, place, view) as runner:
@@ -78,6 +92,7 @@ def _run(plan: Plan, place: Place, store: storage.Store, folder: output.Folder, 
                 folder.keep()
                 records.append(record)
                 view.finished(record)
+                clock.tick()
 
 
 def _runner(plan: Plan, place: Place, view: Progress) -> Serial | Pool:
