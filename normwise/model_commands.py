@@ -195,7 +195,7 @@ def doctor(
                 most=batches,
                 progress=_progress,
             )
-        typer.echo(found.to_json() if json else str(found))
+        typer.echo(found.to_json() if json else found.text(names=False))
         if level is not None and found.at_least(level):
             raise typer.Exit(1)
 

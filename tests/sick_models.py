@@ -243,6 +243,13 @@ def decaying(*, grouped: bool) -> Patient:
     return Patient(model, rows(32), options={"optimizer": torch.optim.AdamW(parameters, 1e-3, (0.8, 0.9), **options)})
 
 
+def holding(*layers: int) -> Patient:
+    """An optimizer of some layers; without any, of another model."""
+    model = batch_mlp()
+    held = [p for at in layers for p in model[at].parameters()]
+    return Patient(model, rows(32), options={"optimizer": torch.optim.SGD(held or batch_mlp().parameters(), 0.1)})
+
+
 def parabola(lr: float, **options: Any) -> Patient:
     """A Hessian of which the largest eigenvalue is 9."""
     model = nn.Linear(2, 1, bias=False)

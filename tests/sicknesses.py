@@ -24,6 +24,7 @@ from sick_models import (
     forgotten,
     frozen,
     gains,
+    holding,
     images,
     joined,
     labelled,
@@ -122,6 +123,8 @@ def sicknesses() -> Iterator[Sickness]:
     yield Sickness("frozen-but-updating", parameters_only, frozen)
     yield Sickness("evaluating-but-learning", lambda: mode_only(parameters=True), lambda: mode_only(parameters=False))
     yield Sickness("decay-on-norms", lambda: decaying(grouped=False), lambda: decaying(grouped=True))
+    yield Sickness("untrained-parameters", lambda: holding(0, 1), lambda: holding(0, 1, 3))
+    yield Sickness("untrained-parameters", lambda: holding(), lambda: holding(0, 1, 3), "another model's optimizer")
     yield Sickness("rate-above-stability", lambda: parabola(0.5), lambda: parabola(0.4))
     yield Sickness(
         "rate-above-stability",

@@ -35,6 +35,12 @@ def loader():
 def sgd(model):
     return torch.optim.SGD(model.parameters(), 0.01, weight_decay=0.1)
 
+def narrow():
+    return nn.Linear(7, 3)
+
+def hinge(output, target):
+    return (output - target).abs()
+
 def no_optimizer(model):
     return 3
 
@@ -59,17 +65,27 @@ def test_findings_are_printed_and_the_exit_code_is_0(capsys: Captured) -> None:
     assert call(*MODEL, "--loss", "cross_entropy", "--optimizer", "ward:sgd") == 0
     printed = capsys.readouterr()
     assert printed.out.startswith(
-        "2 findings, the most harmful first\n"
+        "2 findings, in the order to mend them\n"
         "\n"
         "1. decay-on-norms (minor, certain) in 1\n"
         "  Weight decay pulls gains and biases of normalizations towards 0, where it regularizes nothing.\n"
         "  weight decay on normalizations: 0.1, expected 0\n"
         "  fix:\n"
-        "    optimizer = type(optimizer)(nw.param_groups(model, weight_decay=0.1), lr=0.01)\n"
+        "    norms = set()\n"
+        "    for p in nw.param_groups(model, weight_decay=0.0).parameters:\n"
+        '        if p.role == "normalization":\n'
+        "            norms.add(model.get_parameter(p.name))\n"
+        "    for group in list(optimizer.param_groups):\n"
+        "        taken, left = [], []\n"
+        '        for p in group["params"]:\n'
+        "            (taken if p in norms else left).append(p)\n"
+        '        if taken and group.get("weight_decay"):\n'
+        '            group["params"] = left\n'
+        '            optimizer.add_param_group({**group, "params": taken, "weight_decay": 0.0})\n'
         "\n"
         "2. bias-before-norm (minor, certain) in 0\n"
     )
-    assert "learning rate against sharpness" in printed.out.partition("not checked:")[0]
+    assert printed.out.partition("not checked:")[0].endswith("\n\nchecked: 24 things\n")
     assert printed.err == "made\nnote: without --weights the weights are those that ward:model gives\n"
 
 
@@ -97,7 +113,7 @@ def test_fail_on(level: str, code: int) -> None:
 
 def test_a_healthy_model_does_not_fail(capsys: Captured) -> None:
     assert call("doctor", "ward:healthy", "--data", "ward:batches", "--lr", "0.01", "--fail-on", "minor") == 0
-    assert capsys.readouterr().out.startswith("no finding\n\nchecked: ")
+    assert capsys.readouterr().out.startswith("no finding\n\nchecked: 20 things\nnot checked:\n")
 
 
 def test_a_loader_tells_of_its_last_batch(capsys: Captured) -> None:
@@ -109,6 +125,25 @@ def test_accumulation(capsys: Captured) -> None:
     words = ("doctor", "ward:healthy", "--data", "ward:batches", "--accumulation", "4", "--json")
     assert call(*words) == 0
     assert [one["kind"] for one in json.loads(capsys.readouterr().out)["findings"]] == ["micro-batches-apart"]
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "message"),
+    [
+        (
+            "narrow",
+            "cross_entropy",
+            "error: the forward fails on the first batch: RuntimeError: mat1 and mat2 shapes cannot be "
+            "multiplied (32x8 and 7x3); `forward=` says how the model is called with a batch",
+        ),
+        ("model", "ward:hinge", "the loss fails on the first batch: RuntimeError: The size of tensor a (3) must match"),
+    ],
+)
+def test_what_cannot_run_is_no_clean_bill(model: str, loss: str, message: str, capsys: Captured) -> None:
+    assert call("doctor", f"ward:{model}", "--data", "ward:batches", "--loss", loss) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
 
 
 @pytest.mark.parametrize(
@@ -124,7 +159,7 @@ def test_accumulation(capsys: Captured) -> None:
             ("--optimizer", "ward:no_optimizer"),
             "optimizer 'ward:no_optimizer' returned a int, not a torch.optim.Optimizer",
         ),
-        (("--optimizer", "ward:broken"), "optimizer 'ward:broken' raised KeyError: 'momentum' (ward.py:29)"),
+        (("--optimizer", "ward:broken"), "optimizer 'ward:broken' raised KeyError: 'momentum' (ward.py:35)"),
         (("--data", "ward:sgd"), "data 'ward:sgd' needs the arguments model"),
     ],
 )

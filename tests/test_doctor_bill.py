@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import normwise as nw
-from normwise.diagnose.findings import Diagnosis, Finding, ranked
+from normwise.diagnose.findings import Diagnosis, Finding
 
 
 def finding(kind: str = "some-kind", harm: str = "severe", confidence: str = "certain") -> Finding:
@@ -124,7 +124,7 @@ def test_the_doctor_leaves_no_trace(training: bool) -> None:
     before, state = everything(model), torch.get_rng_state()
     momentum = [optimizer.state[p]["momentum_buffer"].clone() for p in model.parameters()]
     found = nw.doctor(model, batches, cross_entropy, optimizer=optimizer, accumulation=2)
-    assert len(found.checked) == 24 - len(found.unchecked)
+    assert len(found.checked) == 25 - len(found.unchecked)
     assert everything(model) == before
     assert torch.equal(torch.get_rng_state(), state)
     assert all(
@@ -144,20 +144,23 @@ def test_the_doctor_leaves_no_trace_in_real_architectures(name: str) -> None:
 
 
 class Refusing(nn.Module):
-    """Takes no batch at all."""
+    """Takes the first batch alone, which is one of zeros."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(8)
 
     def forward(self, x: Tensor) -> Tensor:
-        raise TypeError("not today\nnor tomorrow")
+        if bool(x.any()):
+            raise TypeError("not today\nnor tomorrow")
+        return self.norm(x)
 
 
 def test_a_check_that_fails_says_so_and_the_others_go_on() -> None:
     model = Refusing().train()
     model.norm.running_var[0] = torch.nan
-    found = nw.doctor(model, rows(32), optimizer=torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
+    found = nw.doctor(model, [torch.zeros(32, 8), *rows(32)], optimizer=optimizer)
     assert kinds(found) == ["memory-non-finite", "decay-on-norms"]
     assert found.unchecked["samples a statistic"] == "TypeError: not today"
     assert model.norm.running_var[0].isnan()
@@ -170,6 +173,7 @@ def test_what_is_not_given_is_not_checked() -> None:
         "batches of different kinds": "that takes 4 batches of 8 examples or more",
         "checkpointed forwards": "the model's output, of shape (8, 3), has no loss in it: give loss=, called as "
         "loss(output, target)",
+        "parameters that are not trained": "no optimizer was given",
         "weight decay on normalizations": "no optimizer was given",
         "constant inputs": "8 examples are too few: give batches with 32 or more",
         "dead units": "8 examples are too few: give batches with 128 or more",
@@ -197,7 +201,7 @@ def test_progress_is_told() -> None:
     told: list[str] = []
     found = nw.doctor(batch_mlp(), rows(32), progress=told.append)
     assert set(told) == {*found.checked, *found.unchecked}
-    assert len(told) == 24
+    assert len(told) == 25
 
 
 def test_the_gap_by_bessels_factor_is_predicted() -> None:
@@ -233,18 +237,19 @@ def test_a_skip_that_bypasses_the_norms_has_no_gap_by_bessels_factor() -> None:
 
 def test_findings_are_ranked_by_harm_and_then_by_confidence() -> None:
     given = [
+        finding("rate-above-stability"),
         finding("d", "minor"),
         finding("c", "severe", "possible"),
         finding("a", "fatal", "likely"),
         finding("b", "severe", "certain"),
     ]
-    assert [one.kind for one in ranked(given)] == ["a", "b", "c", "d"]
+    assert [one.kind for one in sorted(given, key=lambda one: one.rank)] == ["a", "b", "c", "d", "rate-above-stability"]
 
 
 def test_the_text_of_a_diagnosis() -> None:
     found = Diagnosis((finding(),), ("gains", "inputs"), {"the last batch": "nobody knows"})
     assert str(found) == (
-        "1 finding, the most harmful first\n"
+        "1 finding\n"
         "\n"
         "1. some-kind (severe, certain) in a, b\n"
         "  It is so.\n"

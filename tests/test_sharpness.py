@@ -382,3 +382,17 @@ def test_models_that_cannot_be_measured() -> None:
     with pytest.raises(DiagnosisError) as caught:
         sharpness(nn.Sequential(nn.LazyLinear(3)), batches(), cross_entropy)
     assert str(caught.value) == "0.weight has no size yet: run a batch through the model first"
+
+
+# ------------------------------------------------------------------------------------------------------ huge gradients
+
+
+@pytest.mark.parametrize("size", [1e18, 1e25])
+def test_a_huge_gradient_does_not_overflow_the_product(size: float) -> None:
+    """The loss is size * (w - 1)² for each of two weights: second derivative 2 * size whatever the gradient."""
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.constant_(model.weight, 3.0)
+    found = nw.sharpness(model, torch.eye(2), lambda output, _: size * (output - 1).square().sum())
+    assert size < found.gradient_norm < 10 * size
+    assert found.along_gradient == pytest.approx(2 * size)
+    assert found.largest.value == pytest.approx(2 * size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from normwise.batches import Forward, Loss, rows_of
 from normwise.diagnose.checks.case import Case, Unchecked
+from normwise.diagnose.checks.running import require_run
 from normwise.diagnose.checks.table import CHECKS, Check
-from normwise.diagnose.findings import Diagnosis, Finding, ranked
+from normwise.diagnose.findings import Diagnosis, Finding
 from normwise.diagnose.objective import Batches, measuring, read
 from normwise.diagnose.results import reason_of
 from normwise.errors import DiagnosisError
@@ -51,10 +52,12 @@ def doctor(
         progress: Called with what is looked at next.
 
     Returns:
-        A diagnosis. `print` shows it, `findings` has what was found, the most harmful first.
+        A diagnosis. `print` shows it, `findings` has what was found, the most harmful first, but the learning rate
+            last: every other fix changes what rate is borne. In that order the fixes can be run one after another.
 
     Raises:
-        DiagnosisError: there is no batch, a size is not known yet, or an argument is out of its range.
+        DiagnosisError: there is no batch, a size is not known yet, an argument is out of its range; the forward or the
+            loss fails on the first batch for no reason that a check is there to explain.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
     >>> found = doctor(model, (torch.randn(32, 4), torch.randint(2, (32,))), nn.functional.cross_entropy)
@@ -68,8 +71,7 @@ def doctor(
     if accumulation < 1 or most < 1:
         name, value = ("accumulation", accumulation) if accumulation < 1 else ("most", most)
         raise DiagnosisError(f"{name}={value}: it is 1 or more")
-    if lr is not None and not lr > 0:
-        raise DiagnosisError(f"lr={lr}: a learning rate is positive")
+    _check_step(optimizer, lr)
     inner = model.module if isinstance(model, (DistributedDataParallel, DataParallel)) else model
     modes = {module: module.training for module in inner.modules()}
     with measuring(inner, "train", optimizer=optimizer, batches=batches):
@@ -77,7 +79,18 @@ def doctor(
             module.training = modes[module]  # what is in evaluation mode while the model trains stays so
         given = _usual(read(batches, most))
         case = Case(inner, batches, given, modes, loss, forward, optimizer, lr, accumulation=accumulation)
+        require_run(case)
         return _examined(case, progress)
+
+
+def _check_step(optimizer: Any, lr: Any) -> None:
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        kind = type(optimizer).__name__
+        raise DiagnosisError(f"optimizer is a {kind}: give a torch.optim.Optimizer; a learning rate alone is lr=")
+    if lr is not None and not isinstance(lr, (int, float)):
+        raise DiagnosisError(f"lr is a {type(lr).__name__}: give a number; an optimizer is optimizer=")
+    if lr is not None and not lr > 0:
+        raise DiagnosisError(f"lr={lr}: a learning rate is positive")
 
 
 def _usual(batches: list[Any]) -> list[Any]:
@@ -86,20 +99,32 @@ def _usual(batches: list[Any]) -> list[Any]:
 
 
 def _examined(case: Case, progress: Callable[[str], object] | None) -> Diagnosis:
-    findings: list[Finding] = []
+    findings: list[tuple[Check, Finding]] = []
     checked: list[str] = []
     unchecked: dict[str, str] = {}
     for check in CHECKS:
         if progress is not None:
             progress(check.name)
         try:
-            findings += _found(case, check)
+            findings += [(check, one) for one in _found(case, check)]
             checked.append(check.name)
         except Unchecked as reason:
             unchecked[check.name] = str(reason)
         except Exception as error:  # noqa: BLE001 - the user's model may raise anything, and the other checks go on
             unchecked[check.name] = reason_of(error)
-    return Diagnosis(ranked(findings), tuple(checked), unchecked)
+    return Diagnosis(tuple(_in_turn(case, findings)), tuple(checked), unchecked)
+
+
+def _in_turn(case: Case, findings: list[tuple[Check, Finding]]) -> Iterator[Finding]:
+    """The findings in their order, each about the layers that the fixes before it leave as they are."""
+    exchanged: set[str] = set()
+    for check, one in sorted(findings, key=lambda pair: pair[1].rank):
+        if not check.of_layers or exchanged.isdisjoint(one.where):
+            again = [one]
+        else:
+            again = [other for other in _found(case.without(exchanged), check) if other.kind == one.kind]
+        yield from again
+        exchanged.update(path for other in again if other.exchanges for path in other.where)
 
 
 def _found(case: Case, check: Check) -> list[Finding]:

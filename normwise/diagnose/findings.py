@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from textwrap import indent
+from textwrap import fill, indent
 from typing import Any, Literal, get_args
 
 from normwise.diagnose.results import Result, number
@@ -14,6 +14,9 @@ from normwise.errors import DiagnosisError
 Harm = Literal["fatal", "severe", "moderate", "minor"]
 Confidence = Literal["certain", "likely", "possible"]
 _SHOWN = 4  # paths in a text
+_WIDTH = 100  # of a line in a text
+_EXCHANGING = ("few-samples", "memory-mixes-domains", "mixed-norm-order")
+_LAST = ("rate-above-stability",)  # every other fix changes what rate is borne
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Finding:
         expected: The range, both ends included, in which a healthy number lies; `measured` is outside.
         fix: Python that mends it, of `model`, `nw`, `torch`, `batches`, `optimizer` or `lr`.
         confidence: "certain" (it is so), "likely" (it is, but may be meant), "possible" (it may do no harm).
-        harm: How bad it is; findings are ranked by it.
+        harm: How bad it is; findings are ranked by it, but the learning rate comes last.
     """
 
     kind: str
@@ -52,14 +55,24 @@ class Finding:
     harm: Harm
 
     @property
-    def rank(self) -> tuple[int, int]:
-        """Smaller for what is more harmful, and then for what is more certain."""
-        return get_args(Harm).index(self.harm), get_args(Confidence).index(self.confidence)
+    def rank(self) -> tuple[bool, int, int]:
+        """Smaller for what is more harmful, and then for what is more certain; the learning rate is last."""
+        harm, confidence = get_args(Harm).index(self.harm), get_args(Confidence).index(self.confidence)
+        return self.kind in _LAST, harm, confidence
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether the fix puts other layers in the place of those that it is about."""
+        return self.kind in _EXCHANGING
 
     @property
     def numbers(self) -> str:
-        """What was measured and what is expected."""
-        return f"{self.quantity}: {number(self.measured)}, expected {in_range(*self.expected)}"
+        """What was measured and what is expected, with digits enough to tell them apart."""
+        for digits in range(3, 17):
+            measured = number(self.measured, digits)
+            if self.measured in self.expected or measured not in {number(end, digits) for end in self.expected}:
+                break
+        return f"{self.quantity}: {measured}, expected {in_range(*self.expected, digits)}"
 
     def __str__(self) -> str:
         place = f" in {listed(self.where)}" if self.where else ""
@@ -73,7 +86,7 @@ class Diagnosis(Result):
     """What the doctor found; see `doctor`.
 
     Attributes:
-        findings: The most harmful first.
+        findings: The most harmful first, but the learning rate last.
         checked: What was looked at.
         unchecked: What could not be looked at, and why.
     """
@@ -122,24 +135,24 @@ class Diagnosis(Result):
         return [table], {}
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return self.text()
 
-    def _lines(self) -> Iterator[str]:
+    def text(self, *, names: bool = True) -> str:
+        """All of it for people; without `names`, what was checked is only counted."""
+        return "\n".join(self._lines(names))
+
+    def _lines(self, names: bool) -> Iterator[str]:
         if self.findings:
-            yield f"{_counted(len(self.findings))}, the most harmful first"
+            yield f"{_counted(len(self.findings))}{', in the order to mend them' * (len(self.findings) > 1)}"
             for at, finding in enumerate(self.findings, 1):
                 yield f"\n{at}. {finding}"
         else:
             yield "no finding"
-        yield f"\nchecked: {', '.join(self.checked) or 'nothing'}"
+        checked = ", ".join(self.checked) if names else f"{len(self.checked)} things"
+        yield "\n" + fill(f"checked: {checked or 'nothing'}", _WIDTH, subsequent_indent="  ")
         if self.unchecked:
             yield "not checked:"
             yield from (f"  {name}: {why}" for name, why in self.unchecked.items())
-
-
-def ranked(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """The most harmful first, then the most certain; otherwise in their order."""
-    return tuple(sorted(findings, key=lambda finding: finding.rank))
 
 
 def checked_harm(text: str) -> Harm:
@@ -169,14 +182,15 @@ def _counted(count: int) -> str:
     return f"{count} finding{'s' * (count != 1)}"
 
 
-def in_range(low: float, high: float) -> str:
+def in_range(low: float, high: float, digits: int = 3) -> str:
     """A range in words.
 
     >>> in_range(16, math.inf), in_range(0, 0.5), in_range(0.5, 2), in_range(0, 0)
     ('at least 16', 'at most 0.5', '0.5 to 2', '0')
     """
     if low == high:
-        return number(low)
+        return number(low, digits)
     if math.isinf(high):
-        return f"at least {number(low)}"
-    return f"at most {number(high)}" if math.isinf(low) or low == 0 else f"{number(low)} to {number(high)}"
+        return f"at least {number(low, digits)}"
+    most = number(high, digits)
+    return f"at most {most}" if math.isinf(low) or low == 0 else f"{number(low, digits)} to {most}"

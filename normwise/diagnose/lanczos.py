@@ -14,6 +14,7 @@ from torch import Tensor
 
 from normwise.errors import DiagnosisError
 
+NOT_FINITE = "a Hessian-vector product is not finite: nw.first_nonfinite tells where it begins"
 Multiply = Callable[[Tensor], Tensor]
 _SURE = 0.1  # of the tolerance: that an eigenvalue is near does not say that it is the last, as in a cluster at an end
 _ROUNDING = 1e-6  # of the largest magnitude: what float32 products cannot tell from zero
@@ -73,7 +74,7 @@ def ends(multiply: Multiply, like: Tensor, *, tolerance: float = 0.01, most: int
     while True:
         product = multiply(basis[-1])
         if not bool(product.isfinite().all()):
-            raise DiagnosisError("a Hessian-vector product is not finite: nw.first_nonfinite tells where it begins")
+            raise DiagnosisError(NOT_FINITE)
         diagonal.append(_dot(product, basis[-1]))
         rest, beta = _next(product, basis)
         found = _ends(diagonal, beside, beta, tolerance)

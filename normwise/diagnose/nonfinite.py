@@ -107,7 +107,12 @@ class NonFinite(Result):
             came = "what came in is finite" if self.inputs_finite else "what came in has infinities, as a mask may"
             text += f"; {came}, at most {number(self.largest_input)}"
         ends = _ENDS.get(self.dtype)
-        return text + (f"; {self.dtype} ends at {ends}" if ends and self.values > self.nans else "")
+        return text + (f"; {self.dtype} ends at {ends}" if ends and self._is_near(float(ends)) else "")
+
+    def _is_near(self, end: float) -> bool:
+        """Whether the values have run over the end of their dtype: what came in, squared, would."""
+        came = math.inf if self.largest_input is None else self.largest_input
+        return self.values > self.nans and (came * came >= end or "exp" in self.operation)
 
 
 _ENDS = {"float16": "65504", "bfloat16": "3.39e+38", "float32": "3.4e+38"}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.batches import Forward, Loss
-from normwise.diagnose.lanczos import Eigenvalue, ends
+from normwise.diagnose.lanczos import NOT_FINITE, Eigenvalue, ends
 from normwise.diagnose.objective import Batches, Mode, Objective, measuring, read, weight_norm
 from normwise.diagnose.results import Result, number
 from normwise.errors import DiagnosisError
@@ -195,7 +195,7 @@ def sharpness(
             batch=fmean(along) if along else None,
             batch_error=stdev(along) / math.sqrt(len(along)) if len(along) > 1 else None,
             batches=len(given),
-            gradient_norm=gradient.norm().item(),
+            gradient_norm=float(gradient.double().norm()),
             weight_norm=weight_norm(model.parameters()),
             converged=found.converged,
             products=found.products,
@@ -238,11 +238,14 @@ def _along(objective: Objective, method: str) -> float | None:
 
 def _quotient(objective: Objective, gradient: Tensor, method: str) -> float | None:
     """gᵀHg / gᵀg; None for a gradient of 0."""
-    square = float(gradient.double().square().sum())
-    if square == 0:
+    length = float(gradient.double().norm())
+    if length == 0:
         return None
-    product = _product(objective, method)(gradient)
-    return float(torch.dot(gradient.double(), product.double())) / square
+    direction = gradient / length  # a product with a huge gradient would overflow
+    product = _product(objective, method)(direction)
+    if not bool(product.isfinite().all()):
+        raise DiagnosisError(NOT_FINITE)
+    return float(torch.dot(direction.double(), product.double()))
 
 
 def _chosen(model: nn.Module, wanted: bool | Sequence[str]) -> Iterable[tuple[str, nn.Module]]:

@@ -240,7 +240,7 @@ def _measured(
     step: int, objective: Objective, model: nn.Module, sizes: tuple[float, ...], far: tuple[float, ...]
 ) -> Step:
     loss, gradient = objective.value_and_gradient()
-    length = gradient.norm().item()
+    length = float(gradient.double().norm())
     unit = gradient / length if length else gradient
     return Step(
         step=step,

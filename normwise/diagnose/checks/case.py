@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from textwrap import fill, indent
 from typing import Any
 
 import torch
@@ -23,6 +26,8 @@ from normwise.surgery.kinds import kind_of
 from normwise.untouched import Moment
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_WIDTH = 90  # of a list of paths in a fix
+_NUMBERED = re.compile(r"(|.*?\.)(\d+)(|\..*)")  # a path through one of many blocks
 ENOUGH_ROWS = 128  # to tell a unit that never fires from one that does for a few in a hundred examples
 
 
@@ -93,9 +98,11 @@ class Layer:
 
     @property
     def starts(self) -> bool:
-        """Whether the memory is as a new layer has it: mean 0 and variance 1 everywhere."""
+        """Whether the memory is as a new layer has it: variance 1 everywhere, and mean 0 or what a folded bias left."""
         mean, var = self.mean, self.var
-        return mean is not None and var is not None and not bool(mean.any()) and bool((var == 1).all())
+        if mean is None or var is None or not bool((var == 1).all()):
+            return False
+        return self.updates == 0 or not bool(mean.any())
 
 
 class Case:
@@ -122,7 +129,19 @@ class Case:
         self.model, self.given, self.batches, self.modes = model, given, batches, modes
         self.loss, self.forward, self.optimizer, self.lr = loss, forward, optimizer, lr
         self.accumulation = accumulation
+        self._is_one_batch = len(batches) == 1 and batches[0] is given
         self._moment = Moment(model)
+
+    def without(self, paths: Iterable[str]) -> Case:
+        """The same case, but for some normalizations that nobody looks at any more."""
+        gone, other = set(paths), copy(self)
+        other.layers = [layer for layer in self.layers if layer.path not in gone]
+        return other
+
+    @property
+    def last_rows(self) -> int | None:
+        """The rows of the last one of a list of batches; None: it is no list."""
+        return rows_of(self.given[-1]) if isinstance(self.given, list) and not self._is_one_batch else None
 
     def start(self) -> None:
         """Put memories, modes and random numbers back to where every check begins."""
@@ -157,17 +176,61 @@ class Case:
     @property
     def batches_code(self) -> str:
         """The batches in Python, as something to iterate over."""
-        return "[batches]" if isinstance(self.given, (Tensor, Mapping, tuple)) else "batches"
+        return "[batches]" if self._is_one_batch else "batches"
 
     @property
     def batch_code(self) -> str:
         """The first of them in Python."""
-        return "batches" if isinstance(self.given, (Tensor, Mapping, tuple)) else "next(iter(batches))"
+        return "batches" if self._is_one_batch else "next(iter(batches))"
 
     @property
     def forward_code(self) -> str:
         """The argument that says how the model is called, where it has to be said."""
         return "" if self.forward is None else ", forward=forward"
+
+    @property
+    def loss_code(self) -> str:
+        """The argument for the loss, where there is one."""
+        return "" if self.loss is None else ", loss"
+
+    @property
+    def mode_code(self) -> str:
+        """The argument that says in which mode the model is trained, where some of it is in evaluation mode."""
+        return ', mode="current"' if self.modes[self.model] and not all(self.modes.values()) else ""
+
+    @property
+    def few_batches_code(self) -> str:
+        """The first two batches in Python."""
+        if self._is_one_batch:
+            return "batches"
+        return "batches[:2]" if isinstance(self.given, list) else "[one for one, _ in zip(batches, range(2))]"
+
+    def smaller_rate(self, where: str) -> str:
+        """Python for a tenth of the learning rate, where it is known."""
+        if self.optimizer is not None:
+            return f'for group in optimizer.param_groups:\n    group["lr"] *= 0.1  # {where}'
+        return f"lr = 0.1 * lr  # {where}" if self.lr is not None else f"# train with a smaller learning rate, {where}"
+
+    def swapped(self, kind: str, to: str, paths: list[str]) -> str:
+        """Python that exchanges normalizations of a kind, all of them or those at the paths."""
+        chosen = len(paths) < sum(layer.kind == kind for layer in self.layers)
+        names = f", names={paths_code(paths)}" if chosen else ""
+        return self.trained(f"nw.swap(model, {kind!r}, {to!r}{names})", paths)
+
+    def trained(self, fix: str, paths: Iterable[str] = ()) -> str:
+        """A fix that makes new parameters, and gives them to the optimizer where there is one.
+
+        They join the group that holds the first parameter of the layers at the paths; otherwise the one that decays
+        least. A new group would be none of an attached schedule's.
+        """
+        if self.optimizer is None:
+            return fix
+        groups = self.optimizer.param_groups
+        own = {layer.path: layer.module for layer in self.layers}
+        old = {p for path in paths for p in own[path].parameters(recurse=False)}
+        holding = [at for at, group in enumerate(groups) if not old.isdisjoint(group["params"])]
+        least = min(range(len(groups)), key=lambda at: float(groups[at].get("weight_decay") or 0.0))
+        return f"{fix}\n{joined(holding[0] if holding else least)}"
 
     @cached_property
     def layers(self) -> list[Layer]:
@@ -243,6 +306,52 @@ class Case:
         """The first batches that have so many rows together."""
         before = accumulate(map(rows_of, self.batches), initial=0)
         return [batch for batch, seen in zip(self.batches, before, strict=False) if seen < rows]
+
+
+def paths_code(paths: list[str]) -> str:
+    """A list of paths in Python, in short where there are blocks, and on several lines where it is long.
+
+    >>> paths_code(["a", "b"])
+    "['a', 'b']"
+    >>> print(paths_code([f"blocks.{at}.{name}" for at in range(9) for name in ("up", "down")]))
+    [f'blocks.{at}{end}' for at in range(0, 9) for end in ['.up', '.down']]
+    """
+    if len(repr(paths)) <= _WIDTH:
+        return repr(paths)
+    of_blocks = _of_blocks(paths)
+    if of_blocks:
+        return of_blocks
+    lines = fill(", ".join(f"{path!r}" for path in paths), _WIDTH, break_long_words=False, break_on_hyphens=False)
+    return f"[\n{indent(lines, '    ')},\n]"
+
+
+def _of_blocks(paths: list[str]) -> str:
+    """The same for paths that go through numbered blocks, and are the same in all of them; "" for others."""
+    matches = [match for path in paths if (match := _NUMBERED.fullmatch(path))]
+    starts, ends = ({match[part]: None for match in matches} for part in (1, 3))
+    numbers = sorted({int(match[2]) for match in matches})
+    if len(starts) != 1 or numbers != list(range(numbers[0], numbers[-1] + 1)):
+        return ""
+    start = next(iter(starts))
+    if sorted(paths) != sorted(f"{start}{at}{end}" for at in numbers for end in ends):
+        return ""
+    listed = f"for at in range({numbers[0]}, {numbers[-1] + 1})"
+    if len(ends) == 1:
+        return f"[f'{start}{{at}}{next(iter(ends))}' {listed}]"
+    return f"[f'{start}{{at}}{{end}}' {listed} for end in {list(ends)!r}]"
+
+
+def joined(group: int) -> str:
+    """Python that gives the parameters that the optimizer does not hold to one of its groups.
+
+    It is a loop, because within a function a comprehension that is run by `exec` sees no names of the code around it.
+    """
+    return (
+        'held = {p for group in optimizer.param_groups for p in group["params"]}\n'
+        "for p in model.parameters():\n"
+        "    if p.requires_grad and p not in held:\n"
+        f'        optimizer.param_groups[{group}]["params"].append(p)'
+    )
 
 
 def _flat(buffer: Tensor | None) -> Tensor | None:

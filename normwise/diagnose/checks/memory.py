@@ -6,16 +6,19 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import nn
 
 from normwise.batches import rows_of
-from normwise.diagnose.checks.case import Case, Layer, Unchecked
-from normwise.diagnose.findings import Finding
+from normwise.diagnose.checks.case import Case, Layer, Unchecked, paths_code
+from normwise.diagnose.findings import Finding, Harm
 from normwise.surgery.flow import Flow, Step, Value
 
 _EXAMPLES = 16  # to tell a drift from the noise of few examples
 _DRIFT = 0.5  # of a mean, in standard deviations, root mean square over the channels
 _FACTOR = 2.0  # of a variance, the same
 _SETTLED = 0.05  # the weight that the start may have left in a moving average
+_YOUNG = 20  # updates, after which torch's own rate leaves an eighth of the start
+_USUAL_RATE = 0.1  # torch's momentum
 _SHARE = 0.25  # of the variance that may lie between batches
 _BESSEL = 0.95  # the share of an activation that evaluation may leave
 
@@ -39,10 +42,14 @@ def never_updated(case: Case) -> Iterator[Finding]:
 
 
 def _is_trained(case: Case, layer: Layer) -> bool:
-    """Whether there are signs of training: other memories, this layer's parameters, the optimizer's state, domains."""
-    if any(other.updates or not other.starts for other in case.remembering):
+    """Whether there are signs of training: other memories, this layer's parameters, the optimizer's state, domains.
+
+    What is not finite is no sign: it has its own finding, and NaN is unequal to everything.
+    """
+    if any(other.updates or not (other.starts or _spoilt(other)) for other in case.remembering):
         return True
-    moved = (p for p in layer.module.parameters(recurse=False) if p.numel() > 1)
+    own = layer.module.parameters(recurse=False)
+    moved = (p for p in own if p.numel() > 1 and bool(p.isfinite().all()))
     if any(bool((p != p.flatten()[0]).any()) for p in moved) or bool(getattr(layer.module, "domains", ())):
         return True
     return case.optimizer is not None and bool(case.optimizer.state)
@@ -82,15 +89,48 @@ def drifted(case: Case) -> Iterator[Finding]:
     far = {layer: _drift(case, layer) for layer in used if layer.path in case.columns}
     allowed = _allowed(case)
     far = {layer: drift for layer, drift in far.items() if drift > allowed}
-    lagging = {layer: drift for layer, drift in far.items() if _weight_of_start(layer) > _SETTLED}
+    lagging = {layer: drift for layer, drift in far.items() if _lags(case, layer, drift)}
     other = {layer: drift for layer, drift in far.items() if layer not in lagging}
     if lagging:
-        first = next(iter(lagging))
-        what = f"After {first.updates} updates a moving average is still {100 * _weight_of_start(first):.0f} % what it "
-        yield _drifted(case, "memory-lags", f"{what}was at the start, far from these batches.", lagging)
+        yield _lagging(case, lagging)
     if other:
         what = "The memory is far from the statistics of these batches: it is of other data, or of other weights."
-        yield _drifted(case, "memory-differs", what, other)
+        yield _drifted(case, "memory-differs", what, other, _recalibrated(case), "severe")
+
+
+def _lags(case: Case, layer: Layer, drift: float) -> bool:
+    """Whether the memory is off because of its start: it is what its updates leave of mean 0 and variance 1.
+
+    One that was set, as by recalibration, counts updates too, and is not.
+    """
+    weight = _weight_of_start(layer)
+    return weight > _SETTLED and _drift(case, layer, weight) < drift / 2
+
+
+def _lagging(case: Case, layers: dict[Layer, float]) -> Finding:
+    """A young model's memory settles by itself; if many updates did not suffice, the rate is too small."""
+    first = max(layers, key=_weight_of_start)
+    updates, rate = first.updates or 0, first.rate or 0.0
+    what = f"After {updates} updates at a momentum of {rate:g}, {100 * _weight_of_start(first):.0f} % of the memory is "
+    what += "still its start, mean 0 and variance 1, far from these batches. "
+    young = updates < _YOUNG
+    slow = [layer for layer in layers if _is_slow(layer)]
+    what += "It has seen few batches yet." if young else "It is too slow for so few updates."
+    faster = _faster(slow) if slow and not young else ""
+    return _drifted(case, "memory-lags", what, layers, faster + _recalibrated(case), "moderate" if young else "severe")
+
+
+def _is_slow(layer: Layer) -> bool:
+    """Whether the rate is below torch's, and is a setting of the module."""
+    return isinstance(layer.module, nn.modules.batchnorm._BatchNorm) and (layer.rate or 1.0) < _USUAL_RATE
+
+
+def _faster(layers: list[Layer]) -> str:
+    """Python for a momentum with which the updates that were made would have sufficed."""
+    fewest = min(layer.updates or 1 for layer in layers)
+    needed = max(_USUAL_RATE, math.ceil(100 * (1 - _SETTLED ** (1 / fewest))) / 100)
+    paths = paths_code([layer.path for layer in layers])
+    return f"for path in {paths}:\n    model.get_submodule(path).momentum = {needed:g}\n"
 
 
 def _allowed(case: Case) -> float:
@@ -98,9 +138,13 @@ def _allowed(case: Case) -> float:
     return 1 + 2 / (_DRIFT * math.sqrt(case.rows))
 
 
-def _drift(case: Case, layer: Layer) -> float:
-    """How far a memory is off, in units of what is allowed: 0.5 standard deviations, or a factor 2 of the variance."""
+def _drift(case: Case, layer: Layer, start: float = 0.0) -> float:
+    """How far a memory is off, in units of what is allowed: 0.5 standard deviations, or a factor 2 of the variance.
+
+    Off from what it would be, if its start, mean 0 and variance 1, still had a weight.
+    """
     mean, var = case.columns[layer.path].joined()
+    mean, var = (1 - start) * mean, (1 - start) * var + start
     old_mean, old_var = layer.mean, layer.var
     if old_mean is None or old_var is None or old_mean.shape != mean.shape:
         return 0.0
@@ -110,7 +154,7 @@ def _drift(case: Case, layer: Layer) -> float:
     return max(float(shift) / _DRIFT, float(factor) / math.log(_FACTOR))
 
 
-def _drifted(case: Case, kind: str, what: str, layers: dict[Layer, float]) -> Finding:
+def _drifted(case: Case, kind: str, what: str, layers: dict[Layer, float], fix: str, harm: Harm) -> Finding:
     return Finding(
         kind,
         what,
@@ -118,9 +162,9 @@ def _drifted(case: Case, kind: str, what: str, layers: dict[Layer, float]) -> Fi
         f"drift, in units of {_DRIFT} standard deviations or a factor {_FACTOR:g} of the variance",
         max(layers.values()),
         (0, _allowed(case)),
-        _recalibrated(case),
+        fix,
         "likely",
-        "severe",
+        harm,
     )
 
 
@@ -151,7 +195,7 @@ def mixed_domains(case: Case) -> Iterator[Finding]:
             "share of the variance that lies between batches",
             max(mixed.values()),
             (0, allowed),
-            f'nw.swap(model, "batch", "layer", names={list(mixed)!r})',
+            case.swapped("batch", "layer", list(mixed)),
             "likely",
             "severe",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sized
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -50,7 +50,7 @@ def _few(case: Case, kind: str, harm: Harm, rows: dict[str, int]) -> Finding:
         "samples a statistic, at least",
         min(rows.values()),
         (ENOUGH if kind == "batch" else SCARCE, math.inf),
-        f"nw.swap(model, {kind!r}, {_alternative(case, kind, rows)!r}, names={list(rows)!r})",
+        case.swapped(kind, _alternative(case, kind, rows), list(rows)),
         "certain",
         harm,
     )
@@ -67,7 +67,7 @@ def _alternative(case: Case, kind: str, rows: dict[str, int]) -> str:
 def last_batch_of_one(case: Case) -> Iterator[Finding]:
     """A last batch of one example, where that leaves a batch normalization one sample a statistic."""
     usual = rows_of(case.batches[0])
-    if usual == 1 or _rows_of_last(case.given) != 1:
+    if usual == 1 or _rows_of_last(case) != 1:
         return
     single = [layer.path for layer, _ in _measured(case) if layer.kind == "batch" and _is_single(case, layer)]
     if single:
@@ -91,14 +91,15 @@ _WITHOUT_LAST = """batches = torch.utils.data.DataLoader(
 )"""
 
 
-def _rows_of_last(given: Any) -> int:
+def _rows_of_last(case: Case) -> int:
     """How many rows the last batch will have; a loader is not read to its end for it.
 
     Raises:
         Unchecked: nobody knows.
     """
-    if isinstance(given, list):
-        return rows_of(given[-1])
+    given = case.given
+    if case.last_rows is not None:
+        return case.last_rows
     if not isinstance(given, DataLoader) or given.batch_size is None or not isinstance(given.sampler, Sized):
         raise Unchecked("only a list, or a DataLoader that knows its size, tells what the last batch will be")
     last = len(given.sampler) % given.batch_size
@@ -181,7 +182,7 @@ def unsynchronized(case: Case) -> Iterator[Finding]:
             "samples a statistic, at least",
             min(apart.values()),
             (ENOUGH, math.inf),
-            "model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # before it is wrapped",
+            "model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # on GPUs, before it is wrapped",
             "certain",
             "severe" if min(apart.values()) <= SCARCE else "moderate",
         )

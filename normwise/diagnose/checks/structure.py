@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from normwise.diagnose.checks.case import DROPOUTS, Case, Layer, Unchecked
+from normwise.diagnose.checks.case import DROPOUTS, Case, Layer, Unchecked, paths_code
 from normwise.diagnose.checks.residual import Link, streams
 from normwise.diagnose.findings import Finding
 from normwise.surgery.flow import Flow, Step, Value
@@ -64,7 +64,7 @@ def dropout_before_norm(case: Case) -> Iterator[Finding]:
             "variance with dropout, relative to that without",
             max(shifted.values(), key=lambda ratio: abs(ratio - 1)),
             (1 - _SHIFT, 1 + _SHIFT),
-            f"for path in {dropouts!r}:\n"
+            f"for path in {paths_code(dropouts)}:\n"
             "    model.get_submodule(path).p = 0.0  # dropout has its place behind the last batch normalization",
             "certain",
             "moderate",
@@ -120,7 +120,7 @@ def mixed_order(case: Case) -> Iterator[Finding]:
             "blocks that are unlike the others",
             min(len(on), len(links) - len(on)),
             (0, 0),
-            f"for path in {_names(on)!r}:\n"
+            f"for path in {paths_code(_names(on))}:\n"
             "    model.set_submodule(path, torch.nn.Identity())  # and a norm in front of what each block computes",
             "likely",
             "moderate",

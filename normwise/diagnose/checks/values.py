@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.diagnose.activations import Activation
-from normwise.diagnose.checks.case import ENOUGH_ROWS, Case, Layer
+from normwise.diagnose.checks.case import ENOUGH_ROWS, Case, Layer, paths_code
 from normwise.diagnose.findings import Finding
 from normwise.diagnose.nonfinite import NonFinite, first_nonfinite
 from normwise.diagnose.results import number
@@ -183,18 +183,19 @@ def dead_units(case: Case) -> Iterator[Finding]:
             "share of dead units",
             max(row.dead for row in dead if row.dead is not None),
             (0, _MOST),
-            _leaking(dead),
+            _leaking(case, dead),
             "certain",
             "severe",
         )
 
 
-def _leaking(dead: list[Activation]) -> str:
+def _leaking(case: Case, dead: list[Activation]) -> str:
     """Activations that pass a gradient on either side."""
     modules = tuple(row.path for row in dead if not row.layer.endswith("()"))
     if not modules:
-        return "lr = 0.1 * lr  # from the start again: units that are dead do not come back"
-    return f"for path in {list(dict.fromkeys(modules))!r}:\n    model.set_submodule(path, torch.nn.LeakyReLU(0.01))"
+        return case.smaller_rate("from the start again: units that are dead do not come back")
+    paths = paths_code(list(dict.fromkeys(modules)))
+    return f"for path in {paths}:\n    model.set_submodule(path, torch.nn.LeakyReLU(0.01))"
 
 
 def saturated_units(case: Case) -> Iterator[Finding]:
@@ -211,16 +212,16 @@ def saturated_units(case: Case) -> Iterator[Finding]:
             "share of saturated units",
             max(row.saturated for row in stuck if row.saturated is not None),
             (0, _MOST),
-            _centred(stuck),
+            _centred(case, stuck),
             "possible" if all("igmoid" in row.layer.lower() for row in stuck) else "likely",  # a gate may be open
             "severe",
         )
 
 
-def _centred(stuck: list[Activation]) -> str:
+def _centred(case: Case, stuck: list[Activation]) -> str:
     """A normalization in front of what saturates."""
     norms = {row.path: _norm(row.shape) for row in stuck if not row.layer.endswith("()")}
-    return _in_front(norms) or "# put a normalization before the function, as nw.LayerNorm"
+    return _in_front(case, norms) or "# put a normalization before the function, as nw.LayerNorm"
 
 
 def exploding(case: Case) -> Iterator[Finding]:
@@ -240,7 +241,7 @@ def exploding(case: Case) -> Iterator[Finding]:
             "largest root mean square, relative to the first layer's (1 at least)",
             worst.rms / first,
             (0, _EXPLODED),
-            _normalized(case) or "lr = 0.1 * lr",
+            _normalized(case) or "# put a normalization in front of the layers that make them large, as nw.LayerNorm",
             "likely",
             "severe",
         )
@@ -250,18 +251,20 @@ def _normalized(case: Case) -> str:
     """A normalization in front of each layer with a weight that reads larger values than the model does."""
     modules = dict(case.model.named_modules())
     rows = [row for row in case.activations.calls if row.weighted and (row.input_rms or 0.0) > 2]
-    return _in_front({row.path: _reads(modules[row.path]) for row in rows if is_linear(modules.get(row.path))})
+    return _in_front(case, {row.path: _reads(modules[row.path]) for row in rows if is_linear(modules.get(row.path))})
 
 
-def _in_front(norms: Mapping[str, str]) -> str:
+def _in_front(case: Case, norms: Mapping[str, str]) -> str:
     """Python that puts a normalization in front of each module, by path."""
     paths: dict[str, list[str]] = {}
     for path, norm in norms.items():
         paths.setdefault(norm, []).append(path)
-    return "\n".join(
-        f"for path in {held!r}:\n    model.set_submodule(path, torch.nn.Sequential({norm}, model.get_submodule(path)))"
+    fix = "\n".join(
+        f"for path in {paths_code(held)}:\n"
+        f"    model.set_submodule(path, torch.nn.Sequential({norm}, model.get_submodule(path)))"
         for norm, held in paths.items()
     )
+    return case.trained(fix) if fix else ""
 
 
 def _reads(layer: Any) -> str:
@@ -310,4 +313,13 @@ def _finite_again(case: Case, found: NonFinite) -> str:
         )
     if "float16" in found.dtype and "bfloat16" not in found.dtype:
         return "model.float()  # or bfloat16, whose range is float32's"
-    return "lr = 0.1 * lr  # with a smaller start of the weights, if it is so at the start"
+    if _has_grown(found):
+        return case.smaller_rate("or with a smaller start of the weights, if it is so at the start")
+    place = "the loss" if found.phase == "loss" or not found.path else f"module {found.path}"
+    operation = found.operation.removesuffix("Backward0").lower() or "it computes"
+    return f"# in {place}: keep what {operation} reads where it is finite, as x.clamp_min(1e-6) for log, sqrt, division"
+
+
+def _has_grown(found: NonFinite) -> bool:
+    """Whether values have become too large for their dtype, by and by, rather than one operation left its domain."""
+    return (found.largest_input or 0.0) > math.sqrt(torch.finfo(getattr(torch, found.dtype)).max)
