@@ -141,8 +141,16 @@ def test_explain_prints_the_four_steps(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ("tune resnet", "no model named 'resnet'; there are mlp, cnn, or module:factory for yours"),
-        ("tune --data mnist", "no data named 'mnist'; there are digits, wine, or module:function for your own"),
+        (
+            "tune restnet",
+            "no model named 'restnet'; there are mlp, cnn, resnet, transformer, lstm, or module:factory for yours; "
+            "did you mean 'resnet'?",
+        ),
+        (
+            "tune --data mnist",
+            "no data named 'mnist'; there are digits, wine, breast_cancer, fashion, text, sequences, "
+            "or module:function or a folder for your own",
+        ),
         (
             "tune --norms bach",
             "no normalization named 'bach'; there are none, rms, layer, group, instance, batch, group:G",

@@ -227,8 +227,9 @@ def test_what_cannot_be_read(batches: Any, message: str) -> None:
 def test_what_a_loader_yields_is_one_batch_and_a_stream_is_many() -> None:
     x, labels = torch.randn(8, 3), torch.zeros(8, dtype=torch.long)
     assert len(read([x, labels])) == 1
-    assert len(read([x, torch.randn(8, 1)])) == 1
+    assert len(read([x, torch.randn(8)])) == 1
     assert len(read([x, torch.randn(5, 3)])) == 2
+    assert len(read([x, torch.randn(8, 4)])) == 2  # sequences of other lengths are a stream, too
     assert len(read([(x, labels), (x, labels)])) == 2
     loader = DataLoader(TensorDataset(x, labels), 4)
     model = nn.Linear(3, 2)

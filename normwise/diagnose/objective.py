@@ -186,8 +186,8 @@ def measuring(
 def read(batches: Batches, most: int | None = None) -> list[Any]:
     """The batches, the first `most` of them; a tensor, a tuple or a mapping is one batch.
 
-    So is a list of tensors of different kinds, such as torch's loaders give inputs and targets in: batches of one
-    stream have the same dtype, and the same sizes but for their rows.
+    So is a list of tensors that differ in dtype or in their number of dimensions, as torch's loaders give inputs and
+    labels: the batches of one stream agree in both.
 
     A loader is read through a copy, so that an iterator that is at work on it goes on undisturbed, and one that stays
     for the next pass (`persistent_workers`) is not begun. `measuring` puts its generators back.
@@ -212,7 +212,7 @@ def _is_one_batch(batches: Any) -> bool:
     """Whether a list has inputs and targets in it, and not batches."""
     if not isinstance(batches, list) or not all(isinstance(part, Tensor) for part in batches):
         return False
-    return len({(part.dtype, part.shape[1:]) for part in batches}) > 1
+    return len({(part.dtype, part.ndim) for part in batches}) > 1
 
 
 def _apart(batches: Iterable[Any]) -> Iterable[Any]:
