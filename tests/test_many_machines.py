@@ -180,7 +180,8 @@ def test_two_processes_share_a_file_and_ctrl_c_gives_a_trial_back(folder: Path, 
     os.killpg(worker.pid, signal.SIGINT)
     out, err = worker.communicate(timeout=30)
     assert (worker.returncode, out) == (130, "")
-    assert err.splitlines()[-1] == "interrupted; what was running is given back to the study 'shared'"
+    own = [line for line in err.splitlines() if "resource_tracker" not in line]  # joblib's, a process of its own
+    assert own[-1] == "interrupted; what was running is given back to the study 'shared'"
     assert [trial.state.name for trial in trials(url, "shared")].count("FAIL") == 1
     (folder / "go").touch()
     out, err = starter.communicate(timeout=60)
