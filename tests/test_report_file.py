@@ -13,8 +13,7 @@ import pytest
 import report_example
 
 from normwise.errors import MissingExtraError, StudyError
-from normwise.report import page as page_module
-from normwise.report import render, words, write
+from normwise.report import paper, render, words, write
 from normwise.tuning.summary import summary_from_dict
 
 
@@ -92,5 +91,5 @@ def test_write_names_the_folder_that_does_not_exist(tmp_path: Path) -> None:
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(MissingExtraError) as caught:
-        importlib.reload(page_module)
+        importlib.reload(paper)
     assert str(caught.value) == "the report needs packages that are not installed: pip install 'normwise[tune]'"

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
-from normwise.errors import MissingExtraError, StudyError
+from normwise.errors import StudyError
 from normwise.lessons.lesson import Check, Lesson, shown
 from normwise.report.figures import Figure, Json, Mark, axis, layout, legend_entry, plain
+from normwise.report.paper import script, template, written
 from normwise.report.tables import Column, Table, table
-
-try:
-    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-except ModuleNotFoundError as error:
-    raise MissingExtraError("the page of lessons", "tune") from error
-
 
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "pentagon")
 
@@ -36,13 +27,13 @@ def render(lessons: Sequence[Lesson]) -> str:
     """
     figures = [_figure(lesson) for lesson in lessons]
     reproduced = sum(lesson.reproduced for lesson in lessons)
-    return _template().render(
+    return template("lessons.html", "normwise.lessons").render(
         lessons=list(zip(lessons, figures, (_checks(lesson.checks) for lesson in lessons), strict=True)),
         overview=_overview(lessons),
         answer=f"{reproduced} of {len(lessons)} claims reproduced.",
         sizes=" and ".join(dict.fromkeys(lesson.size for lesson in lessons)),
         drawings=[figure.drawing for figure in figures],
-        plotly=Markup(get_plotlyjs()),  # noqa: S704 - plotly's own script, which no input reaches
+        plotly=script(),
     )
 
 
@@ -52,18 +43,7 @@ def write(lessons: Sequence[Lesson], path: str | os.PathLike[str]) -> Path:
     Raises:
         StudyError: the file cannot be written.
     """
-    target = Path(path)
-    text = render(lessons)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(target)
-    except OSError as error:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-        why = f"{error.strerror}. Give a file name in a folder that exists and can be written."
-        raise StudyError(f"cannot write the lessons to {target}: {why}") from error
-    return target
+    return written(render(lessons), path, "lessons")
 
 
 def check_place(path: str | os.PathLike[str]) -> None:
@@ -76,19 +56,6 @@ def check_place(path: str | os.PathLike[str]) -> None:
     if target.is_dir() or not target.parent.is_dir():
         why = "it is a folder" if target.is_dir() else f"there is no folder {target.parent}"
         raise StudyError(f"cannot write the lessons to {target}: {why}. Give a file name in a folder that exists.")
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=ChoiceLoader([PackageLoader("normwise.lessons", "assets"), PackageLoader("normwise.report", "assets")]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
-    return environment.get_template("lessons.html")
 
 
 def _overview(lessons: Sequence[Lesson]) -> Table:

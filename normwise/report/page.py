@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
-from normwise.errors import MissingExtraError, StudyError
 from normwise.report import (
     absent,
     axes,
@@ -24,14 +21,8 @@ from normwise.report import (
     words,
 )
 from normwise.report.figures import Figure
+from normwise.report.paper import script, template, written
 from normwise.tuning.records import Found, NormSummary, Settings, Summary
-
-try:
-    from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-except ModuleNotFoundError as error:
-    raise MissingExtraError("the report", "tune") from error
 
 
 def render(summary: Summary) -> str:
@@ -55,7 +46,7 @@ def render(summary: Summary) -> str:
     """
     figures, varied = _figures(summary), axes.figures(summary)
     drawn = [figure for figure in (*figures.values(), *varied) if figure]
-    return _template().render(
+    return template("report.html").render(
         summary=summary,
         settings=summary.settings,
         title=_title(summary.settings),
@@ -76,7 +67,7 @@ def render(summary: Summary) -> str:
         figures=figures,
         drawings=[figure.drawing for figure in drawn],
         numbers={figure.name: number for number, figure in enumerate(drawn, start=1)},
-        plotly=Markup(get_plotlyjs()),  # noqa: S704 - plotly's own script, which no input reaches
+        plotly=script(),
     )
 
 
@@ -86,31 +77,7 @@ def write(summary: Summary, path: str | os.PathLike[str]) -> Path:
     Raises:
         StudyError: the file cannot be written.
     """
-    target = Path(path)
-    page = render(summary)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        draft.write_text(page, encoding="utf-8")
-        draft.replace(target)
-    except OSError as error:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-        why = f"{error.strerror}. Give a file name in a folder that exists and can be written."
-        raise StudyError(f"cannot write the report to {target}: {why}") from error
-    return target
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("normwise.report", "assets"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
-    return environment.get_template("report.html")
+    return written(render(summary), path, "report")
 
 
 def _figures(summary: Summary) -> dict[str, Figure | None]:
