@@ -12,6 +12,25 @@ from torch import Tensor, nn
 from normwise.batches import Loss, target_of
 
 
+def entropy(labels: Tensor) -> float:
+    """The entropy of the labels' distribution, in nats.
+
+    >>> round(entropy(torch.tensor([0, 1, 0, 1])), 6)
+    0.693147
+    """
+    counts = torch.unique(labels, return_counts=True)[1].double()
+    return float(torch.special.entr(counts / counts.sum()).sum())
+
+
+def spread(targets: Tensor) -> float:
+    """The variance of the targets, biased, its mean over the columns.
+
+    >>> spread(torch.tensor([[1.0], [3.0]]))
+    1.0
+    """
+    return float(targets.double().var(dim=0, correction=0).mean())
+
+
 def chance_of(batches: Iterable[Any], loss: Loss | None) -> tuple[float, str] | None:
     """The loss of the best constant prediction and where it is from; None where the loss is not one of torch's two.
 
@@ -25,12 +44,10 @@ def chance_of(batches: Iterable[Any], loss: Loss | None) -> tuple[float, str] | 
     if not all(isinstance(target, Tensor) for target in targets):
         return None
     if _is(loss, F.mse_loss, nn.MSELoss):
-        return torch.cat(targets).double().var(dim=0, correction=0).mean().item(), "targets' variance"
+        return spread(torch.cat(targets)), "targets' variance"
     if _is(loss, F.cross_entropy, nn.CrossEntropyLoss) and not any(t.is_floating_point() for t in targets):
         labels = torch.cat([target.reshape(-1) for target in targets])
-        counted = labels[labels != getattr(loss, "ignore_index", -100)]
-        counts = torch.unique(counted, return_counts=True)[1].double()
-        return float(torch.special.entr(counts / counts.sum()).sum()), "labels' entropy"
+        return entropy(labels[labels != getattr(loss, "ignore_index", -100)]), "labels' entropy"
     return None
 
 

@@ -92,11 +92,14 @@ def _first(like: Tensor, seed: int) -> Tensor:
 
 
 def _next(product: Tensor, basis: list[Tensor]) -> tuple[Tensor, float]:
-    """What is left of a product beside the basis, and its length."""
+    """What is left of a product beside the basis, and its length.
+
+    The second pass takes out what rounding left in the first, so that the vectors' own dtype is precise enough.
+    """
     rest = product
     for _ in range(2):
         for vector in basis:
-            rest = rest - _dot(rest, vector) * vector
+            rest = torch.addcmul(rest, torch.dot(rest, vector), vector, value=-1)
     return rest, float(rest.double().norm())
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from normwise.diagnose.chance import entropy, spread
 from normwise.errors import StudyError
 from normwise.tuning.datasets import BUILT_IN, SPLIT_SEED, Loaded, Pair, shuffled
 from normwise.tuning.folders import is_path, read_folder
@@ -113,11 +114,8 @@ def chance(targets: Tensor, loss: str) -> float | None:
     1.0
     """
     if loss == "cross_entropy":
-        share = torch.bincount(targets.flatten()).double() / targets.numel()
-        return float(-torch.xlogy(share, share).sum())
-    if loss == "mse":
-        return float(targets.double().var(dim=0, correction=0).mean())
-    return None
+        return entropy(targets)
+    return spread(targets) if loss == "mse" else None
 
 
 def check_labels(data: Data, classes: int) -> None:
