@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from normwise.diagnose.smoothness import smoothness
     from normwise.diagnose.stable_lr import max_stable_lr
     from normwise.diagnose.thresholds import stability_threshold
+    from normwise.kernels.backends import Backend, BackendError, backends
     from normwise.study import Study, tune
     from normwise.surgery.adopt import adopt, release
     from normwise.surgery.converters import register_converter
@@ -57,6 +58,8 @@ __all__ = [
     "RNN",
     "Affine",
     "Average",
+    "Backend",
+    "BackendError",
     "BatchNorm",
     "DiagnosisError",
     "Frozen",
@@ -87,6 +90,7 @@ __all__ = [
     "accumulate",
     "activations",
     "adopt",
+    "backends",
     "doctor",
     "domain",
     "find",
@@ -113,9 +117,12 @@ __all__ = [
 
 _TUNING = ("Study", "tune")
 _LATER = {  # and where it is
+    "Backend": "kernels.backends",
+    "BackendError": "kernels.backends",
     "Monitor": "diagnose.monitor",
     "activations": "diagnose.activations",
     "adopt": "surgery.adopt",
+    "backends": "kernels.backends",
     "doctor": "diagnose.doctor",
     "find": "surgery.find",
     "first_nonfinite": "diagnose.nonfinite",

@@ -1,4 +1,4 @@
-"""The words of the command line: `normwise tune`, `report`, `explain`, those of `model_commands`, and `lessons`."""
+"""The words of the command line: `tune`, `report`, `explain`, `backends`, `lessons`, and those of `model_commands`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from normwise import model_commands
+from normwise.bench import command as bench
 from normwise.console import plainly, shape_of
 from normwise.errors import StudyError
 from normwise.lessons import command as lessons
@@ -187,8 +188,25 @@ def explain(
         typer.echo(Norm(pattern, sizes=dict(map(_size, sizes or ()))).explain(shape_of(shape)))
 
 
+@app.command()
+def backends(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")] = False,
+) -> None:
+    """Say which backends there are, and why one is not available.
+
+    The exit code is 2 where NORMWISE_BACKEND asks for one that is not.
+    """
+    with plainly():
+        from normwise.kernels import backends as kinds
+
+        found = kinds.backends()
+        typer.echo(kinds.to_json(found) if json else "\n".join(map(str, found)))
+        kinds.requested()
+
+
 app.add_typer(model_commands.app)
 app.add_typer(lessons.app)
+app.add_typer(bench.app)
 
 
 def _check_modes(*, worker: bool, dry_run: bool, json: bool, waits: bool) -> None:

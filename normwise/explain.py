@@ -29,6 +29,7 @@ class Explanation:
     memory: str | None
     remembered: dict[str, tuple[int, ...]]
     recovery: str | None
+    activation: str | None
     parameters: dict[str, tuple[int, ...]]
     word: str
     kernel: str
@@ -47,13 +48,17 @@ class Explanation:
             f" rows {_axes(self.row_axes)}, columns {_axes(self.column_axes)}",
             f"2 normalize  {self.normalizer}; {self.columns} columns, {where}",
             *self._memory_lines(),
-            f"3 recover    {self.recovery or 'nothing'}{_shapes(self.parameters, ';')}",
+            f"3 recover    {self._recover_line()}",
             f"4 output     {self.shape}, {self.dtype}, in the input's memory format",
             f"memory word  {self.word or 'a single element'} (K kept, R normalized over, outermost in memory first)",
             f"kernel       {self.kernel}: {self.reason}",
             f"traffic      at least {_megabytes(self.bytes_moved)}: the input read once, the output written once",
         ]
         return "\n".join(lines)
+
+    def _recover_line(self) -> str:
+        then = "" if self.activation is None else f", then {self.activation}"
+        return f"{self.recovery or 'nothing'}{then}{_shapes(self.parameters, ';')}"
 
     def _memory_lines(self) -> list[str]:
         if self.memory is None:
@@ -77,6 +82,7 @@ def explain(spec: NormSpec, shape: Sequence[int] | Tensor) -> Explanation:
         memory=None if spec.memory is None else spec.memory.formula(),
         remembered={} if spec.memory is None else _over(spec.normalizer.remembers, spec.memory_over, plan),
         recovery=None if spec.recovery is None else spec.recovery.formula(),
+        activation=spec.activation,
         parameters={} if spec.recovery is None else _over(tuple(spec.recovery.parameters), spec.parameter_over, plan),
         word=memory_word(plan, tensor.stride()),
         kernel="reference",

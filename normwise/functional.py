@@ -13,8 +13,8 @@ from torch import Tensor
 
 from normwise.commit import Store, commit, entry
 from normwise.errors import ShapeError
-from normwise.kernels.closed_form import run
-from normwise.kernels.reference import Recalled, Result, Steps, placed, wide_dtype
+from normwise.kernels.reference import Recalled, Result, Steps, wide_dtype
+from normwise.kernels.run import run
 from normwise.memory import Moving
 from normwise.normalizers import RMS, Normalizer, Standardize
 from normwise.pattern import Pattern, parse
@@ -150,7 +150,7 @@ def _with_memory(
         return _run(x, plan, normalizer, weight, bias, _CHANNEL, running).output
     if x.numel() > 0:
         check_samples(pattern, plan, remembers=True)
-    output, moments, *_ = _run(x, plan, normalizer, weight, bias, _CHANNEL)
+    output, moments, *_ = _run(x, plan, normalizer, weight, bias, _CHANNEL, remembers=running is not None)
     if moments is not None and running is not None:
         batch = entry(moments, _CHANNEL, plan, unbiased=True, least=2)
         memory = Moving("c", update_rate=momentum)
@@ -166,12 +166,14 @@ def _run(
     bias: Tensor | None,
     over: Over,
     running: tuple[Tensor, ...] | None = None,
+    *,
+    remembers: bool = False,
 ) -> Result:
     recovery = _recovery(weight, bias, over, plan)
     wide = wide_dtype(x)
     recalled = None if running is None else Recalled(tuple(place(s.to(wide), _CHANNEL, plan) for s in running))
-    parameters = placed(recovery, [weight, bias], over, plan, x)
-    return run(x, Steps(plan, normalizer, recovery, None, recalled), parameters)
+    parameters = [] if recovery is None else [weight, bias]
+    return run(x, Steps(plan, normalizer, recovery, None, recalled), parameters, over, remembers=remembers)[0]
 
 
 def _recovery(weight: Tensor | None, bias: Tensor | None, over: Over, plan: Plan) -> Recovery | None:

@@ -20,10 +20,11 @@ from normwise.commit import Store
 from normwise.errors import ShapeError
 from normwise.kernels.reference import Use
 from normwise.memory import Average, Degenerate, NonFinite
-from normwise.named import Device, Named, Tracking, torch_memory
+from normwise.named import Device, Named, Tracking, norm_options, torch_memory
 from normwise.norm import Norm
 from normwise.normalizers import RMS, Standardize
 from normwise.plan import Plan
+from normwise.pointwise import Activation
 from normwise.recoveries import Affine, Recovery, Scale
 
 
@@ -44,6 +45,7 @@ class BatchNorm(Tracking, _BatchNorm):  # type: ignore[misc]  # eps is an attrib
         device, dtype: Of parameters; buffers are float32 at least.
         nonfinite: What becomes of a batch that is not finite: "skip", "raise" or "keep", as in `Moving`.
         degenerate: What becomes of a batch with one value a channel: "raise", or "memory" (as in evaluation).
+        activation: Applied to the output in the same pass, as in `Norm`: "relu", "silu" or "gelu".
 
     Differences from torch: one class for every rank; statistics are exact for large means and magnitudes; a batch with
     non-finite statistics does not enter the moving ones; an empty batch gives an empty output.
@@ -70,9 +72,10 @@ class BatchNorm(Tracking, _BatchNorm):  # type: ignore[misc]  # eps is an attrib
         *,
         nonfinite: NonFinite = "skip",
         degenerate: Degenerate = "raise",
+        activation: Activation | None = None,
     ) -> None:
         memory = torch_memory(momentum, nonfinite, degenerate)
-        self._declare("[n] c [...]", num_features, eps, affine, track_running_stats, memory, device, dtype)
+        self._declare("[n] c [...]", num_features, eps, affine, track_running_stats, memory, device, dtype, activation)
 
 
 class InstanceNorm(Tracking, _InstanceNorm):  # type: ignore[misc]  # eps is an attribute in torch, a property here
@@ -90,6 +93,7 @@ class InstanceNorm(Tracking, _InstanceNorm):  # type: ignore[misc]  # eps is an 
         device, dtype: Of parameters; buffers are float32 at least.
         nonfinite: What becomes of a batch that is not finite: "skip", "raise" or "keep", as in `Moving`.
         degenerate: What becomes of a batch with one value a channel: "raise", or "memory" (as in evaluation).
+        activation: Applied to the output in the same pass, as in `Norm`: "relu", "silu" or "gelu".
 
     Differences from torch: one class for every rank, always with the batch axis (torch takes (c, h, w) for one example;
     here three dimensions are always (n, c, l)); the memory format is kept.
@@ -115,9 +119,10 @@ class InstanceNorm(Tracking, _InstanceNorm):  # type: ignore[misc]  # eps is an 
         *,
         nonfinite: NonFinite = "skip",
         degenerate: Degenerate = "raise",
+        activation: Activation | None = None,
     ) -> None:
         memory = torch_memory(momentum, nonfinite, degenerate)
-        self._declare("n c [...]", num_features, eps, affine, track_running_stats, memory, device, dtype)
+        self._declare("n c [...]", num_features, eps, affine, track_running_stats, memory, device, dtype, activation)
 
     single_example_rank: int | None = None  # inputs of so many dimensions are one example; adopted layers take them
 
@@ -149,6 +154,7 @@ class LayerNorm(Named, nn.LayerNorm):  # type: ignore[misc]  # eps is an attribu
         elementwise_affine: Whether there are parameters, of `normalized_shape`.
         bias: Whether the parameters include a bias.
         device, dtype: Of the parameters.
+        activation: Applied to the output in the same pass, as in `Norm`: "relu", "silu" or "gelu".
 
     Differences from torch: right to float32's last digits for large means (torch loses 1e-3 at mean 1e4).
 
@@ -168,10 +174,13 @@ class LayerNorm(Named, nn.LayerNorm):  # type: ignore[misc]  # eps is an attribu
         bias: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        activation: Activation | None = None,
     ) -> None:
         shape, axes, sizes = _last_axes(normalized_shape)
         recovery = _affine(axes, elementwise_affine, bias)
-        Norm.__init__(self, f"... [{axes}]", Standardize(eps), recovery, sizes=sizes, device=device, dtype=dtype)
+        options = norm_options(sizes, activation, device, dtype)
+        Norm.__init__(self, f"... [{axes}]", Standardize(eps), recovery, **options)
         self.normalized_shape, self.elementwise_affine = shape, elementwise_affine
 
 
@@ -185,6 +194,7 @@ class RMSNorm(Named, nn.RMSNorm):
         eps: Added to the mean square; None: the machine epsilon of the input's dtype.
         elementwise_affine: Whether there is a weight, of `normalized_shape`.
         device, dtype: Of the weight.
+        activation: Applied to the output in the same pass, as in `Norm`: "relu", "silu" or "gelu".
 
     Source: Zhang and Sennrich, arXiv:1910.07467.
 
@@ -201,10 +211,13 @@ class RMSNorm(Named, nn.RMSNorm):
         elementwise_affine: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        activation: Activation | None = None,
     ) -> None:
         shape, axes, sizes = _last_axes(normalized_shape)
         recovery = _affine(axes, elementwise_affine, bias=False)
-        Norm.__init__(self, f"... [{axes}]", RMS(eps), recovery, sizes=sizes, device=device, dtype=dtype)
+        options = norm_options(sizes, activation, device, dtype)
+        Norm.__init__(self, f"... [{axes}]", RMS(eps), recovery, **options)
         self.normalized_shape, self.elementwise_affine = shape, elementwise_affine
 
 
@@ -217,6 +230,7 @@ class GroupNorm(Named, nn.GroupNorm):  # type: ignore[misc]  # eps is an attribu
         eps: Added to the variance.
         affine: Whether there are weight and bias, (c,) each.
         device, dtype: Of the parameters.
+        activation: Applied to the output in the same pass, as in `Norm`: "relu", "silu" or "gelu".
 
     Raises:
         ShapeError: the channels cannot be split into so many groups.
@@ -238,6 +252,8 @@ class GroupNorm(Named, nn.GroupNorm):  # type: ignore[misc]  # eps is an attribu
         affine: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        activation: Activation | None = None,
     ) -> None:
         if num_channels < 1:
             raise ShapeError(f"num_channels is a whole number from 1 on, not {num_channels}")
@@ -248,7 +264,8 @@ class GroupNorm(Named, nn.GroupNorm):  # type: ignore[misc]  # eps is an attribu
             )
         sizes = {"g": num_groups, "k": num_channels // num_groups}
         recovery = Affine("(g k)") if affine else None
-        Norm.__init__(self, "n (g [k]) [...]", Standardize(eps), recovery, sizes=sizes, device=device, dtype=dtype)
+        options = norm_options(sizes, activation, device, dtype)
+        Norm.__init__(self, "n (g [k]) [...]", Standardize(eps), recovery, **options)
         self.num_groups, self.num_channels, self.affine = num_groups, num_channels, affine
 
 
@@ -263,6 +280,7 @@ class LayerNorm2d(Named, nn.LayerNorm):  # type: ignore[misc]  # eps is an attri
         elementwise_affine: Whether there are parameters, (c,).
         bias: Whether the parameters include a bias.
         device, dtype: Of the parameters.
+        activation: Applied to the output in the same pass, as in `Norm`: "relu", "silu" or "gelu".
 
     Source: Ba, Kiros, Hinton, arXiv:1607.06450; over channels: Liu et al., arXiv:2201.03545.
 
@@ -280,11 +298,12 @@ class LayerNorm2d(Named, nn.LayerNorm):  # type: ignore[misc]  # eps is an attri
         bias: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        activation: Activation | None = None,
     ) -> None:
         recovery = _affine("c", elementwise_affine, bias)
-        Norm.__init__(
-            self, "n [c] ...", Standardize(eps), recovery, sizes={"c": num_channels}, device=device, dtype=dtype
-        )
+        options = norm_options({"c": num_channels}, activation, device, dtype)
+        Norm.__init__(self, "n [c] ...", Standardize(eps), recovery, **options)
         self.normalized_shape, self.elementwise_affine = (num_channels,), elementwise_affine
 
 
@@ -296,6 +315,7 @@ class RMSNorm2d(Named, nn.RMSNorm):
         eps: Added to the mean square; None: the machine epsilon of the input's dtype.
         elementwise_affine: Whether there is a weight, (c,).
         device, dtype: Of the weight.
+        activation: Applied to the output in the same pass, as in `Norm`: "relu", "silu" or "gelu".
 
     Source: Zhang and Sennrich, arXiv:1910.07467.
 
@@ -312,9 +332,12 @@ class RMSNorm2d(Named, nn.RMSNorm):
         elementwise_affine: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        activation: Activation | None = None,
     ) -> None:
         recovery = _affine("c", elementwise_affine, bias=False)
-        Norm.__init__(self, "n [c] ...", RMS(eps), recovery, sizes={"c": num_channels}, device=device, dtype=dtype)
+        options = norm_options({"c": num_channels}, activation, device, dtype)
+        Norm.__init__(self, "n [c] ...", RMS(eps), recovery, **options)
         self.normalized_shape, self.elementwise_affine = (num_channels,), elementwise_affine
 
 

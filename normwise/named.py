@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 
 from normwise.memory import Average, Degenerate, Memory, Moving, NonFinite
 from normwise.norm import Norm
 from normwise.normalizers import RMS, Standardize
+from normwise.pointwise import Activation
 from normwise.recoveries import Affine
 
 Device = torch.device | str | None
@@ -31,11 +32,11 @@ class Named(Norm):
         self.spec = replace(self.spec, normalizer=replace(normalizer, eps=cast("float", value)))
 
     def extra_repr(self) -> str:
-        """torch's, and the memory's formula."""
+        """torch's, the activation, and the memory's formula."""
         first = self._shown.index("eps")
         values = [repr(getattr(self, name)) for name in self._shown[:first]]
         values += [f"{name}={getattr(self, name)!r}" for name in self._shown[first:]]
-        return ", ".join(values) + self._memory_note()
+        return ", ".join(values + self._activation_note()) + self._memory_note()
 
 
 class Tracking(Named):
@@ -86,14 +87,23 @@ class Tracking(Named):
         memory: Memory,
         device: Device,
         dtype: torch.dtype | None,
+        activation: Activation | None,
     ) -> None:
         parts = Standardize(eps), Affine("c") if affine else None, memory if track_running_stats else None
-        Norm.__init__(self, pattern, *parts, sizes={"c": num_features}, device=device, dtype=dtype)
+        options = norm_options({"c": num_features}, activation, device, dtype)
+        Norm.__init__(self, pattern, *parts, **options)
         self.num_features, self.affine, self.track_running_stats = num_features, affine, track_running_stats
         self._momentum = memory.update_rate
 
     def _commits(self) -> bool:
         return self.track_running_stats and super()._commits()
+
+
+def norm_options(
+    sizes: dict[str, int], activation: Activation | None, device: Device, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """`Norm`'s options by name."""
+    return {"activation": activation, "sizes": sizes, "device": device, "dtype": dtype}
 
 
 def torch_memory(momentum: float | None, nonfinite: NonFinite, degenerate: Degenerate) -> Memory:

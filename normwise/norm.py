@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,18 +11,19 @@ from torch import Tensor, nn
 
 from normwise.errors import NonFiniteError, NormwiseError, PatternError, RecomputeError, ShapeError
 from normwise.explain import Explanation, explain
-from normwise.kernels.closed_form import run
-from normwise.kernels.reference import Steps, placed, wide_dtype
+from normwise.kernels.reference import Steps, wide_dtype
+from normwise.kernels.run import run
 from normwise.masks import Lengths, valid_view
 from normwise.memory import Memory
 from normwise.normalizers import Normalizer, Standardize
 from normwise.plan import Plan, plan_for
+from normwise.pointwise import Activation
 from normwise.recoveries import Recovery
 from normwise.remembering import Remembering
 from normwise.spec import NormSpec
 from normwise.whereabouts import path_of
 
-_OPTIONS = ("self", "pattern", "normalizer", "recovery", "memory", "sizes", "device", "dtype")
+_OPTIONS = ("self", "pattern", "normalizer", "recovery", "memory", "activation", "sizes", "device", "dtype")
 
 
 class Norm(Remembering):
@@ -37,6 +39,8 @@ class Norm(Remembering):
         recovery: Step 3: `Affine("c")`, `Scale("c")`. Default: none.
         memory: What is remembered of training batches and used in evaluation: `Moving("c", decay=0.9)`,
             `Average("c")`, `Frozen("c")`. Default: nothing; evaluation then uses the batch's statistics too.
+        activation: Applied to what step 3 gives, in the same pass: "relu", max(x, 0); "silu", x sigmoid(x); "gelu",
+            x (1 + erf(x / sqrt(2))) / 2. Default: none.
         sizes: Axis sizes by name. Those of parameters and memories that are not given are found at the first call, as
             torch's lazy modules do it, or taken from a checkpoint.
         device: Of parameters and memory.
@@ -46,12 +50,13 @@ class Norm(Remembering):
     Shapes:
         input: as the pattern says. output: the same shape, dtype and memory format.
 
-    Statistics are computed in float32 at least, and so are the parameters applied.
+    Statistics are computed in float32 at least, and so are the parameters and the activation applied.
 
     Raises:
         PatternError: at construction, with a caret under the culprit.
         ShapeError: at the call, when the input does not fit the pattern.
         TooFewSamplesError: at the call, when a column to be standardized has one sample.
+        ValueError: at construction, when there is no such activation.
 
     >>> norm = Norm("[n] c [h w]", recovery=Affine("c"), memory=Moving("c", decay=0.9))
     >>> norm(torch.randn(8, 3, 4, 4)).shape
@@ -67,6 +72,7 @@ class Norm(Remembering):
         recovery: Recovery | None = None,
         memory: Memory | None = None,
         *,
+        activation: Activation | None = None,
         sizes: Mapping[str, int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -75,7 +81,7 @@ class Norm(Remembering):
         nn.Module.__init__(self)  # by name: in a named layer the next class in line is torch's, with another signature
         normalizer = Standardize() if normalizer is None else normalizer
         _check_parts(pattern, normalizer, recovery, memory, named_sizes)
-        spec = NormSpec(pattern, normalizer, recovery, memory, _joined(sizes, named_sizes))
+        spec = NormSpec(pattern, normalizer, recovery, memory, _joined(sizes, named_sizes), activation)
         for name in spec.pattern.names:
             if name in _OPTIONS:
                 raise spec.pattern.error(f"an axis cannot be called '{name}': that is an option of Norm", name)
@@ -122,14 +128,14 @@ class Norm(Remembering):
             raise TypeError(f"input is {type(input).__name__}, not a tensor; a packed sequence is padded first")
         try:
             if residual is not None:
-                input = _added(input, residual)  # noqa: A001 - see above
-            output = self._normalize(input, valid, valid_axes, lengths)
+                _check_residual(input, residual)
+            output, total = self._normalize(input, residual, valid, valid_axes, lengths)
         except NormwiseError as error:
             path = "" if torch.compiler.is_compiling() else path_of(self)
             if path and not isinstance(error, (NonFiniteError, RecomputeError)):  # those say it themselves
                 error.args = (f"{path}: {error}",)
             raise
-        return output if residual is None else (output, input)
+        return output if residual is None else (output, total)
 
     def explain(self, shape: Sequence[int] | Tensor) -> Explanation:
         """The four steps for a real shape (or a tensor, whose dtype and memory order then count).
@@ -144,14 +150,25 @@ class Norm(Remembering):
         """The declaration, sizes as found, and the memory's formula."""
         spec = self.spec
         parts = [repr(part) for part in (spec.text, spec.normalizer, spec.recovery, spec.memory) if part is not None]
+        parts += self._activation_note()
         parts += [f"{name}={size}" for name, size in spec.sizes]
         return ", ".join(parts) + self._memory_note()
+
+    def _activation_note(self) -> list[str]:
+        return [] if self.spec.activation is None else [f"activation={self.spec.activation!r}"]
 
     def _memory_note(self) -> str:
         note = "" if self.spec.memory is None else f"; {self.spec.memory.formula()}"
         return note + ("; frozen now" if self.frozen else "")
 
-    def _normalize(self, x: Tensor, valid: Tensor | None, valid_axes: str | None, lengths: Lengths | None) -> Tensor:
+    def _normalize(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        valid: Tensor | None,
+        valid_axes: str | None,
+        lengths: Lengths | None,
+    ) -> tuple[Tensor, Tensor | None]:
         wide_dtype(x)
         spec = self.spec
         plan = plan_for(spec.pattern, x.shape, spec.call_sizes)
@@ -161,8 +178,9 @@ class Norm(Remembering):
             self._check_mask(mask, plan)
         ghost = None if spec.memory is None else spec.memory.ghost
         if ghost is None or x.shape[0] <= ghost or not self._measures():
-            return self._normalize_one(x, plan, mask)
-        return self._normalize_pieces(x, mask, -(-x.shape[0] // ghost))
+            return self._normalize_one(x, plan, mask, residual=residual)
+        total = None if residual is None else x + residual
+        return self._normalize_pieces(x if total is None else total, mask, -(-x.shape[0] // ghost)), total
 
     def _normalize_pieces(self, x: Tensor, mask: Tensor | None, pieces: int) -> Tensor:
         """Sub-batches one after another, as equal in size as can be."""
@@ -173,9 +191,11 @@ class Norm(Remembering):
             self._checked_use(part, part_mask)
         last = [False] * (pieces - 1) + [True]
         with self._all_or_nothing():
-            return torch.cat([self._normalize_one(*piece) for piece in zip(parts, plans, masks, last, strict=True)])
+            return torch.cat([self._normalize_one(*piece)[0] for piece in zip(parts, plans, masks, last, strict=True)])
 
-    def _normalize_one(self, x: Tensor, plan: Plan, mask: Tensor | None, is_last: bool = True) -> Tensor:
+    def _normalize_one(
+        self, x: Tensor, plan: Plan, mask: Tensor | None, is_last: bool = True, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         use = self._checked_use(plan, mask)
         if self.spec.unknown:  # only now, so that an input that is refused leaves no sizes behind
             self._materialize_for(plan)
@@ -185,18 +205,20 @@ class Norm(Remembering):
             self._grow(plan)
         recalled = None
         if use is not None:
-            recalled = self._recalled(use, plan, wide_dtype(x), lambda: self._fingerprint(x, plan, mask), mask)
-        parameters = placed(spec.recovery, self._parameters_of_recovery(), spec.parameter_over, plan, x)
-        result = run(x, Steps(plan, spec.normalizer, spec.recovery, mask, recalled), parameters)
+            recalled = self._recalled(
+                use, plan, wide_dtype(x), lambda: self._fingerprint(x, residual, plan, mask), mask
+            )
+        steps = Steps(plan, spec.normalizer, spec.recovery, mask, recalled, spec.activation)
+        parameters = self._parameters_of_recovery()
+        result, total = run(x, steps, parameters, spec.parameter_over, residual, remembers=commits)
         if result.moments is not None and commits:
             self._enter(plan, result.moments, length, is_last=is_last)
-        return result.output
+        return result.output, total
 
 
-def _added(x: Tensor, residual: Tensor) -> Tensor:
+def _check_residual(x: Tensor, residual: Tensor) -> None:
     if x.shape != residual.shape:
         raise ShapeError(f"the residual has shape {tuple(residual.shape)}, the input {tuple(x.shape)}")
-    return x + residual
 
 
 def _joined(sizes: Mapping[str, int] | None, named: Mapping[str, int]) -> tuple[tuple[str, int], ...]:

@@ -131,13 +131,13 @@ def memory_word(plan: Plan, strides: Sequence[int]) -> str:
     >>> memory_word(make_plan(parse("[n] c [...]"), (8, 3, 4, 4)), (48, 1, 12, 3))  # channels last
     'RK'
     """
-    lies = _view_strides(plan, strides)
+    lies = view_strides(plan, strides)
     outermost_first = sorted((dim for dim, size in enumerate(plan.view) if size != 1), key=lambda dim: -lies[dim])
     letters = ["R" if dim in plan.reduced else "K" for dim in outermost_first]
     return "".join(letter for letter, _ in groupby(letters))
 
 
-def _view_strides(plan: Plan, strides: Sequence[int]) -> list[int]:
+def view_strides(plan: Plan, strides: Sequence[int]) -> list[int]:
     """Strides of the view: the last axis of a split dimension has the dimension's stride, the others multiples."""
     lies: list[int] = []
     for stride, parts in zip(strides, plan.parts, strict=True):

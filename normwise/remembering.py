@@ -122,8 +122,9 @@ class Remembering(Stateful):
             opened = limits(memory.renorm, store.batches, wide)
         return Recalled(shaped, use, self._least, opened)
 
-    def _fingerprint(self, x: Tensor, plan: Plan, mask: Tensor | None) -> Tensor:
+    def _fingerprint(self, x: Tensor, residual: Tensor | None, plan: Plan, mask: Tensor | None) -> Tensor:
         """Sums of magnitudes that tell this batch from others, over the memory's axes; plain sums are often all 0."""
+        x = x if residual is None else x + residual
         view = only(x.detach().to(wide_dtype(x)).reshape(plan.view), mask)
         summed = column_sum(view.abs(), plan.reduced)
         summed = column_sum(summed, averaged(summed.shape, self.spec.memory_over, plan))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import SupportsIndex
 
 from normwise.errors import PatternError, ShapeError, TooFewSamplesError
@@ -13,16 +13,18 @@ from normwise.memory import Memory
 from normwise.normalizers import Normalizer
 from normwise.pattern import Pattern, check_known, parse, parse_names
 from normwise.plan import Over, Plan, Sizes
+from normwise.pointwise import Activation, check_activation
 from normwise.recoveries import Recovery
 
 
 @dataclass(frozen=True)
 class NormSpec:
-    """Pattern, normalizer, recovery, memory and the axis sizes known so far.
+    """Pattern, normalizer, recovery, memory, the axis sizes known so far, and the activation after the recovery.
 
     Raises:
         PatternError: the pattern cannot be read; a recovery, a memory or a size names an axis that is not there; a
             memory names an axis that is normalized over; nothing is normalized over.
+        ValueError: there is no such activation.
     """
 
     text: str
@@ -30,6 +32,7 @@ class NormSpec:
     recovery: Recovery | None = None
     memory: Memory | None = None
     sizes: Sizes = ()
+    activation: Activation | None = None
     pattern: Pattern = field(init=False, repr=False, compare=False)
     parameter_over: Over = field(init=False, repr=False, compare=False)
     memory_over: Over = field(init=False, repr=False, compare=False)
@@ -39,6 +42,7 @@ class NormSpec:
     def __post_init__(self) -> None:
         pattern = parse(self.text)
         object.__setattr__(self, "pattern", pattern)
+        check_activation(self.activation)
         object.__setattr__(self, "sizes", checked_sizes(self.sizes))
         object.__setattr__(self, "parameter_over", () if self.recovery is None else parse_names(self.recovery.over))
         object.__setattr__(self, "memory_over", () if self.memory is None else parse_names(self.memory.over))
@@ -83,6 +87,11 @@ class NormSpec:
             raise self.pattern.error(
                 f"{kind} divides the batch, the first axis, which is not normalized over", first[0].name
             )
+
+    def __repr__(self) -> str:
+        """As a dataclass's; no activation is not mentioned."""
+        shown = [f.name for f in fields(self) if f.repr and (f.name != "activation" or self.activation is not None)]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     @property
     def elastic(self) -> str | None:

@@ -15,6 +15,7 @@ RANKS = {
     "errors": 0,
     "transforms": 0,
     "whereabouts": 0,
+    "pointwise": 1,
     "batches": 1,
     "record": 0,
     "pattern": 1,
@@ -33,9 +34,14 @@ RANKS = {
     "commit": 4,
     "spec": 4,
     "kernels": 4,
+    "kernels.backends": 5,
     "kernels.reference": 5,
     "kernels.rows": 5,
+    "kernels.geometry": 5,
     "kernels.closed_form": 6,
+    "kernels.choose": 6,
+    "kernels.cpu": 7,
+    "kernels.run": 8,
     "holder": 6,
     "state": 7,
     "remembering": 8,
@@ -58,11 +64,12 @@ RANKS = {
     "study": 17,
     "model_commands": 17,
     "lessons": 17,
+    "bench": 17,
     "commands": 18,
     "cli": 19,
     "__init__": 20,
 }
-PACKAGES = ("surgery", "diagnose", "tuning", "report", "lessons")  # one rank for all of their files
+PACKAGES = ("surgery", "diagnose", "tuning", "report", "lessons", "bench")  # one rank for all of their files
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 70
 

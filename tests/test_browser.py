@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ class Seen:
     messages: list[str] = field(default_factory=list)
 
 
+Opened = Callable[[str], tuple[Any, Seen]]
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as tools:
@@ -73,6 +77,12 @@ def visit(browser: Any, path: Path, **options: Any) -> tuple[Any, Seen]:
     return page, seen
 
 
+@pytest.fixture(scope="module")
+def opened(browser: Any, reports: dict[str, Path]) -> Opened:
+    """The page of a variant on a desktop, opened once for all tests that only look: a page draws for seconds."""
+    return cache(lambda variant: visit(browser, reports[variant]))
+
+
 def until(page: Any, condition: str) -> None:
     """Wait for a condition. The report's own policy forbids the eval that playwright's waiting needs."""
     for _ in range(100):
@@ -84,14 +94,13 @@ def until(page: Any, condition: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_plot_draws_and_nothing_is_requested_or_complained_of(
-    browser: Any, reports: dict[str, Path], variant: str
+    opened: Opened, reports: dict[str, Path], variant: str
 ) -> None:
-    page, seen = visit(browser, reports[variant])
+    page, seen = opened(variant)
     drawn = page.eval_on_selector_all(
         ".plot",
         "plots => plots.map(p => p.querySelectorAll('svg .point, svg .js-line, svg .bars path, svg .hm image').length)",
     )
-    page.context.close()
     assert drawn
     assert min(drawn) > 0
     assert seen.requests == [reports[variant].as_uri()]
@@ -135,46 +144,43 @@ def _colours(page: Any) -> list[str]:
     ]
 
 
-def test_hovering_shows_values_with_units(browser: Any, reports: dict[str, Path]) -> None:
-    page, _ = visit(browser, reports["markup"])
+def test_hovering_shows_values_with_units(opened: Opened) -> None:
+    page, _ = opened("markup")
     page.locator("#confirmation").scroll_into_view_if_needed()
     box = page.locator("#confirmation .points path").first.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.wait_for_selector("#confirmation .hoverlayer .hovertext")
     text = page.locator("#confirmation .hoverlayer").first.text_content().replace("\xa0", " ")
-    page.context.close()
     assert "<b>mine</b>" in text
     assert "learning rate 0.5" in text
     assert " %" in text
 
 
-def test_the_curves_name_their_seed(browser: Any, reports: dict[str, Path]) -> None:
-    page, _ = visit(browser, reports["five"])
+def test_the_curves_name_their_seed(opened: Opened) -> None:
+    page, _ = opened("five")
     page.locator("#curves").scroll_into_view_if_needed()
     page.evaluate("Plotly.Fx.hover('curves', [{curveNumber: 1, pointNumber: 30}])")
     text = page.locator("#curves .hoverlayer").first.text_content()
-    page.context.close()
     assert "batch, seed 1000" in text
     assert "step 60" in text
     assert "nats" in text
 
 
-def test_a_table_can_be_read_without_a_mouse(browser: Any, reports: dict[str, Path]) -> None:
-    page, _ = visit(browser, reports["five"])
+def test_a_table_can_be_read_without_a_mouse(opened: Opened) -> None:
+    page, _ = opened("five")
     page.locator("#rates ~ details summary").focus()
     page.keyboard.press("Enter")
     text = page.locator("#rates ~ details table").inner_text()
-    page.context.close()
     assert "3 diverged" in text
 
 
-def test_code_is_copied_by_keyboard(browser: Any, reports: dict[str, Path]) -> None:
-    page, seen = visit(browser, reports["measured"], permissions=["clipboard-read", "clipboard-write"])
+def test_code_is_copied_by_keyboard(opened: Opened) -> None:
+    page, seen = opened("measured")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.locator("#inside ~ .findings .copy").first.focus()
     page.keyboard.press("Enter")
     until(page, "document.querySelector('#inside ~ .findings .copy').textContent === 'Copied'")
     copied = page.evaluate("navigator.clipboard.readText()")
-    page.context.close()
     assert copied == report_example.FINDINGS[0].fix
     assert seen.messages == []
 
@@ -222,9 +228,8 @@ def test_print_is_light_and_fits_the_page(browser: Any, reports: dict[str, Path]
     assert seen.messages == []
 
 
-def test_no_button_sends_the_plot_anywhere(browser: Any, reports: dict[str, Path]) -> None:
-    page, _ = visit(browser, reports["five"])
+def test_no_button_sends_the_plot_anywhere(opened: Opened) -> None:
+    page, _ = opened("five")
     buttons = page.eval_on_selector_all("#rates .modebar-btn", "all => all.map(b => b.dataset.title)")
-    page.context.close()
     assert len(buttons) == 4
     assert not [title for title in buttons if "cloud" in title.lower() or "link" in title.lower()]

@@ -25,7 +25,7 @@ QUICK = [
     "--confirm",
     "2",
     "--steps",
-    "5",
+    "2",
     "--workers",
     "0",
 ]
@@ -96,7 +96,7 @@ def test_tune_answers_and_report_draws_again(folder: Path, capsys: pytest.Captur
     assert all(f"warning: {warning}" in printed.out for warning in summary["warnings"])
     assert "0 of about" in printed.err
     assert summary["reproduce"]["command"] == (
-        "normwise tune mlp --data digits --norms batch,none --lrs 0.25:1:2 --seeds 1 --confirm 2 --steps 5 "
+        "normwise tune mlp --data digits --norms batch,none --lrs 0.25:1:2 --seeds 1 --confirm 2 --steps 2 "
         "--out runs/mlp-digits"
     )
     page = (out / "report.html").read_text()
@@ -237,10 +237,10 @@ def test_ctrl_c_while_packages_are_imported_is_no_traceback(
 # ------------------------------------------------------------------------------------------- interrupted and killed
 
 LONG = [
-    "tune", "loop:model", "--train", "loop:train", "--norms", "a=batch,b=none", "--lrs", "0.1:1:10", "--seeds", "3",
-    "--confirm", "5", "--workers", "2", "--out", "out",
+    "tune", "loop:model", "--train", "loop:train", "--norms", "a=batch,b=none", "--lrs", "0.1:1:7", "--seeds", "2",
+    "--confirm", "3", "--workers", "2", "--out", "out",
 ]  # fmt: skip
-TRIALS = 2 * 10 * 3 + 2 * 5
+TRIALS = 2 * 7 * 2 + 2 * 3
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
@@ -357,7 +357,7 @@ def test_ctrl_c_saves_what_is_done_and_exits_with_130(folder: Path) -> None:
     assert "Traceback" not in err
     assert err.splitlines()[-1] == (
         f"interrupted; {kept} finished trials are kept in out; go on with normwise tune loop:model --train loop:train "
-        "--norms a=batch,b=none --lrs 0.1:1:10 --confirm 5 --out out --resume"
+        "--norms a=batch,b=none --lrs 0.1:1:7 --seeds 2 --confirm 3 --out out --resume"
     )
     assert kept >= 5
     assert [path.name for path in (folder / "out").iterdir()] == ["study.db"]

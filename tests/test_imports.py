@@ -6,8 +6,6 @@ import re
 import subprocess
 import sys
 
-import pytest
-
 OPTIONAL = (
     "cloudpickle",
     "jinja2",
@@ -47,7 +45,7 @@ sys.meta_path.insert(0, Blocked())
 
 
 def test_import_adds_less_than_a_tenth_of_a_second_to_torchs() -> None:
-    assert min(_added_milliseconds() for _ in range(3)) < MOST_MILLISECONDS  # other processes only ever add
+    assert any(_added_milliseconds() < MOST_MILLISECONDS for _ in range(3))  # other processes only ever add
 
 
 def _added_milliseconds() -> float:
@@ -89,14 +87,16 @@ print("ok")
     assert checked(BLOCK + code).strip() == "ok"
 
 
-@pytest.mark.parametrize("name", ["tune", "Study"])
-def test_a_missing_extra_is_one_sentence_with_the_command(name: str) -> None:
-    code = f"""
+def test_a_missing_extra_is_one_sentence_with_the_command() -> None:
+    code = """
 import normwise
-try:
-    normwise.{name}
-except normwise.MissingExtraError as error:
-    print(error)
+for name in ("tune", "Study"):
+    try:
+        getattr(normwise, name)
+    except normwise.MissingExtraError as error:
+        print(error)
 """
-    expected = f"normwise.{name} needs packages that are not installed: pip install 'normwise[tune]'"
-    assert checked(BLOCK + code).strip() == expected
+    assert checked(BLOCK + code).splitlines() == [
+        f"normwise.{name} needs packages that are not installed: pip install 'normwise[tune]'"
+        for name in ("tune", "Study")
+    ]

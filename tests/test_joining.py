@@ -25,12 +25,10 @@ def file(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'shared.db'}"
 
 
-def begin(file: str, data: Any = None, **options: Any) -> None:
+def begin(file: str) -> None:
     """A study with one finished trial."""
-    given = {"train": at(2, interrupt)} if data is None else {"data": data}
-    model = deep if data is None else "mlp"
     with pytest.raises(StudyInterrupted):
-        tune(model, **given, **{**QUIET, **options}, storage=file, study="one")
+        tune(deep, train=at(2, interrupt), **QUIET, storage=file, study="one")
 
 
 def test_a_worker_in_python_finishes_what_another_began(file: str) -> None:
@@ -110,7 +108,7 @@ def sets(shift: float) -> Any:
 
 
 def test_a_worker_with_other_data_is_refused(file: str) -> None:
-    tune("mlp", sets(0.0), **QUIET, steps=2, storage=file, study="one")
+    tune("mlp", sets(0.0), **QUIET, steps=2, measures=False, storage=file, study="one")
     with pytest.raises(StudyError, match=r"^the study was started with another data fingerprint: \w+, was \w+$"):
         tune("mlp", sets(1.0), storage=file, study="one", worker=True, workers=0, progress=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pkgutil
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,9 @@ def test_the_package_says_that_it_is_typed() -> None:
 
 def test_version() -> None:
     assert [part.isdigit() for part in nw.__version__.split(".")] == [True] * 3
+
+
+def test_no_submodule_hides_a_public_name() -> None:
+    modules = {module.name for module in pkgutil.iter_modules(nw.__path__)}
+    lazy = {name for name in nw.__all__ if name not in modules or not inspect.ismodule(getattr(nw, name))}
+    assert modules.isdisjoint(lazy)

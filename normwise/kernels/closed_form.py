@@ -15,6 +15,7 @@ from torch import Tensor
 from normwise.kernels.reference import Parameters, Result, Steps, four_steps
 from normwise.moments import Moments, only, sample_count
 from normwise.normalizers import L2, RMS, Line, Normalizer, Standardize
+from normwise.pointwise import FUNCTIONS
 from normwise.recoveries import Affine, Recovery, Scale
 from normwise.sums import column_sum
 from normwise.transforms import being_traced, derivatives
@@ -68,8 +69,9 @@ class _ClosedForm(torch.autograd.Function):
 
     With v the values, s the slope, n the samples of a column and means taken over the column:
     dx = s (dv - mean(dv) - v mean(dv v)), without mean(dv) where no mean is subtracted, with the sum of dv v where no
-    mean square is taken, and dx = s dv where the statistics were remembered. Where a derivative of this derivative is
-    wanted, it is taken of the definition instead, and so is right at every order.
+    mean square is taken, and dx = s dv where the statistics were remembered. An activation's derivative is taken at the
+    recovered values, which are computed again. Where a derivative of this derivative is wanted, it is taken of the
+    definition instead, and so is right at every order.
     """
 
     @staticmethod
@@ -105,13 +107,15 @@ def _in_closed_form(saved: _Saved, d_output: Tensor, wanted: Sequence[bool]) -> 
     steps, line = saved.steps, saved.line
     plan, valid, wide = steps.plan, steps.valid, line.inverse.dtype
     values = line.values(only(saved.x.to(wide).reshape(plan.view), valid), valid)
+    normalized = values if saved.correction is None else values * saved.correction[0] + saved.correction[1]
     d_values = only(d_output.to(wide).reshape(plan.view), valid)
+    if steps.activation is not None:
+        d_values = FUNCTIONS[steps.activation].backward(d_values, _recovered(normalized, saved))
     d_x = d_weight = d_bias = None
     if wanted[2]:
         d_bias = _sum_to(d_values, saved.bias)
     if wanted[1]:
-        recovered = values if saved.correction is None else values * saved.correction[0] + saved.correction[1]
-        d_weight = _sum_to(d_values * recovered, saved.weight)
+        d_weight = _sum_to(d_values * normalized, saved.weight)
     if wanted[0]:
         for factor in (saved.weight, None if saved.correction is None else saved.correction[0]):
             if factor is not None:
@@ -120,6 +124,12 @@ def _in_closed_form(saved: _Saved, d_output: Tensor, wanted: Sequence[bool]) -> 
             d_values = d_values - only(_through_statistics(d_values, values, steps), saved.enough)
         d_x = only(line.slope * d_values, valid).to(saved.x.dtype).reshape(plan.shape)
     return d_x, d_weight, d_bias
+
+
+def _recovered(normalized: Tensor, saved: _Saved) -> Tensor:
+    """What the activation was applied to."""
+    recovery = saved.steps.recovery
+    return normalized if recovery is None else recovery.recover(normalized, *_given(saved.weight, saved.bias))
 
 
 def _through_statistics(d_values: Tensor, values: Tensor, steps: Steps) -> Tensor:

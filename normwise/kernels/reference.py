@@ -16,6 +16,7 @@ from torch import Tensor
 from normwise.moments import Moments, only
 from normwise.normalizers import Line, Normalizer
 from normwise.plan import Over, Plan, place
+from normwise.pointwise import FUNCTIONS, Activation
 from normwise.recoveries import Recovery
 
 Parameters: TypeAlias = Sequence[Tensor | float]
@@ -43,6 +44,7 @@ class Steps(NamedTuple):
     recovery: Recovery | None = None
     valid: Tensor | None = None  # what counts, shaped to broadcast against the view
     recalled: Recalled | None = None
+    activation: Activation | None = None  # of the recovered values
 
 
 class Result(NamedTuple):
@@ -77,6 +79,8 @@ def four_steps(x: Tensor, steps: Steps, parameters: Parameters = ()) -> Result:
         values, result = _normalize(view, steps, x.dtype)
     if steps.recovery is not None:
         values = steps.recovery.recover(values, *parameters)
+    if steps.activation is not None:
+        values = FUNCTIONS[steps.activation].apply(values)
     output = only(values, steps.valid).to(x.dtype).reshape(steps.plan.shape)
     return result._replace(output=output)
 

@@ -230,6 +230,8 @@ def _released(site: Site, ranks: dict[nn.Module, int]) -> Decision | None:
 
 
 def _no_equal(layer: Norm) -> str:
+    if layer.spec.activation is not None:
+        return f"torch has no normalization that applies '{layer.spec.activation}' as well"
     if type(layer) in BY_RANK:
         return "whether torch's is the 1d, 2d or 3d one is not known: give a batch that reaches it"
     return f"torch has no equal of {type(layer).__name__}"

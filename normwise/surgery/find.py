@@ -29,6 +29,7 @@ class Found:
         kind: "batch", "instance", "group", "layer", "rms", "l2", "other", or "unknown".
         pattern: Its declaration; None where it is not known.
         sizes: The sizes of the pattern's axes that are known.
+        activation: The one in its declaration, "relu", "silu" or "gelu"; None: there is none.
         parameters: Shapes by name.
         memory: For each remembered statistic its smallest and largest value; None: nothing is remembered.
         batches: How many batches have entered the memory; None: nobody counts.
@@ -45,6 +46,7 @@ class Found:
     kind: str
     pattern: str | None
     sizes: dict[str, int]
+    activation: str | None
     parameters: dict[str, tuple[int, ...]]
     memory: dict[str, tuple[float, float]] | None
     batches: int | None
@@ -118,6 +120,7 @@ def _found(site: Site, kind: Kind, flow: Flow | None) -> Found:
         kind=kind.name,
         pattern=None if spec is None else spec.text,
         sizes={} if spec is None else dict(spec.sizes),
+        activation=None if spec is None else spec.activation,
         parameters={name: _shape(parameter) for name, parameter in layer.named_parameters(recurse=False)},
         memory=dict(_memory(layer)) or None,
         batches=None if batches is None or batches.is_meta else int(batches.max()) if batches.numel() else 0,
@@ -144,7 +147,9 @@ def _row(found: Found) -> tuple[str, ...]:
         memory += f", {found.batches} batches"
     calls = "?" if found.calls is None else str(found.calls)
     path = ", ".join([found.path, *found.also])
-    return path, found.layer, found.pattern or f"? {found.reason}", parameters, memory, calls, ", ".join(found.users)
+    pattern = found.pattern or f"? {found.reason}"
+    pattern += "" if found.activation is None else f", then {found.activation}"
+    return path, found.layer, pattern, parameters, memory, calls, ", ".join(found.users)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

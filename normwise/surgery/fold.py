@@ -53,7 +53,8 @@ def fold(
     ============  =====================================================================================================
 
     What reads what is seen in a forward. What is not exact is left, and the record says why: a convolution that is
-    called elsewhere too, one with hooks, tied weights, a normalization over another axis, one that is read by more.
+    called elsewhere too, one with hooks, tied weights, a normalization over another axis, one that is read by more. The
+    activation of a layer that vanishes stays in its place, and nothing is folded through one.
 
     Which layers it then has does not depend on the values of its weights: folded weights fit into any model of the same
     kind that was folded likewise.

@@ -16,6 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normwise.norm import Norm
 from normwise.normalizers import Standardize
+from normwise.pointwise import FUNCTIONS
 from normwise.recoveries import Affine, OffsetScale, Scale
 from normwise.spec import NormSpec
 from normwise.surgery.absorb import (
@@ -160,7 +161,7 @@ def has_no_bias(subject: Subject) -> bool:
 
 def _taken_in_after(subject: Subject, inner: ChannelMap) -> dict[nn.Module, Weights] | str:
     """The weights of all layers that read the normalization, with a map taken in."""
-    if isinstance(subject.converted, Activated):
+    if isinstance(subject.converted, Activated) or subject.spec.activation is not None:
         return "it also applies an activation"
     readers = layers_after(subject)
     if isinstance(readers, str):
@@ -239,6 +240,8 @@ def remainder(subject: Subject) -> nn.Module:
     """What is left to do where a normalization stood: nothing, or its activation."""
     if isinstance(subject.converted, Activated):
         left: nn.Module = nn.Sequential(OrderedDict(drop=subject.layer.drop, act=subject.layer.act))
+    elif subject.spec.activation is not None:
+        left = FUNCTIONS[subject.spec.activation].layer()
     else:
         left = nn.Identity()
     return left.train(subject.layer.training)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from normwise.errors import PatternError, ShapeError, SurgeryError
 from normwise.norm import Norm
 from normwise.places import all_modules
+from normwise.pointwise import FUNCTIONS, Activation
 from normwise.recoveries import OffsetScale
 from normwise.spec import NormSpec
 from normwise.surgery.activated import Activated
@@ -106,9 +108,31 @@ def _norms_of_recurrent_nets(modules: Iterable[nn.Module]) -> set[nn.Module]:
 
 
 def _with_activation(new: nn.Module, old: Any, kind: Kind) -> nn.Module:
-    """A layer without parts of its own, followed by what the old one did after it normalized."""
+    """A layer without parts of its own, followed by what the old one did after it normalized.
+
+    Raises:
+        SurgeryError: one with parts, of which none applies the old one's activation.
+    """
+    if kind.spec is not None and kind.spec.activation is not None:
+        new = _applying(kind.spec.activation, new)
     if isinstance(kind.converted, Activated) and not any(new.children()):
         return nn.Sequential(OrderedDict(norm=new, drop=old.drop, act=old.act))
+    return new
+
+
+def _applying(activation: Activation, new: nn.Module) -> nn.Module:
+    """A layer with the activation in it or after it; one of ours that has an activation keeps its own."""
+    if isinstance(new, Norm):
+        new.spec = replace(new.spec, activation=new.spec.activation or activation)
+        return new
+    layer = FUNCTIONS[activation].layer
+    if not any(new.children()):
+        return nn.Sequential(OrderedDict(norm=new, act=layer()))
+    parts = list(new.modules())
+    if not any(isinstance(m, layer) or (isinstance(m, Norm) and m.spec.activation == activation) for m in parts):
+        raise SurgeryError(
+            f"the function gave a {type(new).__name__} without '{activation}', which the layer applies: put it in"
+        )
     return new
 
 

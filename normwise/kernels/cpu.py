@@ -1,0 +1,354 @@
+"""The compiled kernels for the CPU, as a differentiable function.
+
+`Kernel` is what is known of a call before its tensors come: it is made once for a declaration, a shape, strides and a
+dtype, so that a call looks little up. The tensors are checked here, because the kernels are given addresses only.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from normwise.kernels.backends import extension
+from normwise.kernels.choose import DTYPES, NORMALIZERS
+from normwise.kernels.geometry import Geometry, mask_shape
+from normwise.kernels.reference import Recalled, Steps, four_steps, placed
+from normwise.moments import Moments
+from normwise.normalizers import L2, RMS, Standardize
+from normwise.plan import Over
+from normwise.pointwise import FUNCTIONS
+from normwise.recoveries import OffsetScale
+from normwise.transforms import derivatives
+
+_ACTIVATIONS = (None, *FUNCTIONS)  # in the order of csrc/call.h
+_CALL = struct.Struct("=15qd6i")
+_WIDE = torch.float64
+
+
+class Kernel:
+    """One call, prepared: what `csrc/call.h` wants to know, for the batch's statistics and for given ones."""
+
+    __slots__ = ("bytes_given", "bytes_measured", "centers", "geometry", "offset", "over", "steps")
+
+    def __init__(self, steps: Steps, geometry: Geometry, over: Over, dtype: torch.dtype) -> None:
+        self.steps, self.geometry, self.over = steps, geometry, over
+        self.centers = isinstance(steps.normalizer, Standardize)
+        self.offset = 1.0 if isinstance(steps.recovery, OffsetScale) else 0.0
+        self.bytes_measured = self._call(dtype, (1, 1, 1, 1), measured=True)
+        self.bytes_given = self._call(dtype, (1, 1, 1, 1), measured=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        dtype = DTYPES[_CALL.unpack(self.bytes_measured)[16]]
+        return Kernel, (self.steps, self.geometry, self.over, dtype)
+
+    def call(self, dtype: torch.dtype, mask: tuple[int, int, int, int] | None, *, measured: bool) -> bytes:
+        """The bytes of `Call`; `mask` is the mask's sizes in the four groups."""
+        if mask is None:
+            return self.bytes_measured if measured else self.bytes_given
+        return self._call(dtype, mask, measured=measured)
+
+    def _call(self, dtype: torch.dtype, mask: tuple[int, int, int, int], *, measured: bool) -> bytes:
+        geometry, steps = self.geometry, self.steps
+        normalizer = cast("Standardize | RMS | L2", steps.normalizer)
+        eps = torch.finfo(dtype).eps if normalizer.eps is None else normalizer.eps
+        return _CALL.pack(
+            *geometry.sizes,
+            *geometry.weights,
+            *_strides(mask),
+            eps,
+            DTYPES.index(dtype),
+            NORMALIZERS.index(type(normalizer)),
+            _ACTIVATIONS.index(steps.activation),
+            0 if geometry.by_runs else 1,
+            measured,
+            0,
+        )
+
+
+class Given(NamedTuple):
+    """What a call has beside its input and parameters."""
+
+    residual: bool = False
+    valid: Tensor | None = None  # shaped to broadcast against the view
+    recalled: Recalled | None = None  # statistics used instead of the batch's
+    remembers: bool = False  # whether the moments are wanted
+
+
+class Output(NamedTuple):
+    """The output, the sum of input and residual, and the batch's moments, shaped to broadcast against the view."""
+
+    output: Tensor
+    total: Tensor | None
+    moments: Moments | None
+
+
+_NOTHING = Given()
+
+
+def fits(x: Tensor, weight: Tensor | None, bias: Tensor | None, kernel: Kernel) -> bool:
+    """Whether the tensors are what the kernel may read: plain ones on the CPU, of the size that was prepared."""
+    size = kernel.geometry.weights.size
+    return (
+        x.is_cpu
+        and not x.is_neg()
+        and (weight is None or (weight.is_cpu and weight.numel() == size))
+        and (bias is None or (bias.is_cpu and bias.numel() == size))
+    )
+
+
+def normalize(kernel: Kernel, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The plain call: the batch's statistics, and nothing but the output wanted."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    ):
+        output: Tensor = _Compiled.apply(kernel, _NOTHING, x, None, weight, bias)  # type: ignore[no-untyped-call]
+        return output
+    return _forward(kernel, _NOTHING, x, None, weight, bias).output
+
+
+def normalize_with(
+    kernel: Kernel, given: Given, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> Output:
+    """A call with a residual, a mask, remembered statistics, or whose moments are wanted."""
+    inputs = (x, residual, weight, bias)
+    if not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)):
+        found = _forward(kernel, given, *inputs)
+        return Output(found.output, found.total, _moments(kernel, given, found.statistics))
+    outputs = _Compiled.apply(kernel, given, *inputs)  # type: ignore[no-untyped-call]
+    output, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
+    total = rest.pop(0) if given.residual else None
+    return Output(output, total, _moments(kernel, given, rest[0]) if given.remembers else None)
+
+
+class _Forward(NamedTuple):
+    output: Tensor
+    total: Tensor | None
+    statistics: Tensor  # (4, columns): inverse, mean, m2, count, as many as are wanted
+    weight: Tensor | None  # as the kernel reads it
+    bias: Tensor | None
+    mask: Tensor | None
+
+
+def _forward(
+    kernel: Kernel, given: Given, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> _Forward:
+    output = torch.empty_like(x)
+    total = None if residual is None else torch.empty_like(x)
+    weight, bias = _read(kernel, weight, bias)
+    mask = None if given.valid is None else _bytes_of(kernel, given.valid)
+    measured = given.recalled is None
+    statistics = _room(kernel, given) if given.recalled is None else _recalled(kernel, given.recalled, x.dtype)
+    inverse, mean, m2, count = _addresses(kernel, statistics, given)
+    extension.forward(  # type: ignore[union-attr]  # whoever made a kernel has seen it there
+        kernel.call(x.dtype, None if mask is None else mask.shape, measured=measured),  # type: ignore[arg-type]
+        x.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        0 if total is None else total.data_ptr(),
+        output.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        mean,
+        inverse,
+        m2,
+        count,
+        torch.get_num_threads(),
+    )
+    return _Forward(output, total, statistics, weight, bias, mask)
+
+
+class _Compiled(torch.autograd.Function):
+    """Input, residual, weight and bias -> output, sum of input and residual, statistics (not differentiable).
+
+    The derivative is in closed form, as in closed_form.py; where a derivative of it is wanted, that of the definition.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: Kernel,
+        given: Given,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Any:
+        found = _forward(kernel, given, x, residual, weight, bias)
+        recalled = () if given.recalled is None else given.recalled.statistics
+        read = x if found.total is None else found.total
+        ctx.save_for_backward(read, weight, bias, found.statistics, given.valid, *recalled)
+        ctx.kernel, ctx.given = kernel, _NOTHING if given is _NOTHING else given._replace(valid=None)
+        ctx.set_materialize_grads(False)
+        if not (given.residual or given.remembers):
+            return found.output
+        outputs: tuple[Any, ...] = (found.output,)
+        if given.residual:
+            outputs += (found.total,)
+        if given.remembers:
+            ctx.mark_non_differentiable(found.statistics)
+            outputs += (found.statistics,)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        kernel: Kernel = ctx.kernel
+        given: Given = ctx.given
+        x, weight, bias, statistics, valid, *recalled = ctx.saved_tensors
+        if given.recalled is not None:
+            given = given._replace(recalled=given.recalled._replace(statistics=tuple(recalled)))
+        given = given if valid is None else given._replace(valid=valid)
+        d_total = others[0] if given.residual else None
+        wants_x, wants_residual, *wanted = ctx.needs_input_grad[2:]
+        if d_output is None:
+            d_x, d_weight, d_bias = d_total, None, None
+        elif torch.is_grad_enabled():
+            wants = (wants_x or wants_residual, *wanted)
+            d_x, d_weight, d_bias = _by_definition(kernel, given, (x, weight, bias), d_output, wants)
+            d_x = d_total if d_x is None else d_x if d_total is None else d_x + d_total
+        else:
+            wants = (wants_x or wants_residual, *wanted)
+            d_x, d_weight, d_bias = _backward(kernel, given, (x, weight, bias, statistics), d_output, d_total, wants)
+        return None, None, d_x if wants_x else None, d_x if wants_residual else None, d_weight, d_bias
+
+
+def _by_definition(
+    kernel: Kernel, given: Given, inputs: tuple[Tensor, ...], d_output: Tensor, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Differentiable gradients: those that autograd makes of the definition."""
+    steps = kernel.steps._replace(valid=given.valid, recalled=given.recalled)
+
+    def defined(x: Tensor, *parameters: Tensor | None) -> Tensor:
+        names = () if steps.recovery is None else steps.recovery.parameters
+        own = placed(steps.recovery, parameters[: len(names)], kernel.over, steps.plan, x)
+        return four_steps(x, steps, own).output
+
+    return derivatives(defined, inputs, (d_output,), wanted)
+
+
+def _backward(
+    kernel: Kernel,
+    given: Given,
+    saved: tuple[Tensor, ...],
+    d_output: Tensor,
+    d_total: Tensor | None,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x, weight, bias, statistics = saved
+    d_output = _like(d_output, x)
+    d_total = None if d_total is None else _like(d_total, x)
+    d_x = torch.empty_like(x) if wanted[0] else None
+    read_weight, read_bias = _read(kernel, weight, bias)
+    d_weight = torch.empty_like(read_weight) if wanted[1] and read_weight is not None else None
+    d_bias = torch.empty_like(read_bias) if wanted[2] and read_bias is not None else None
+    mask = None if given.valid is None else _bytes_of(kernel, given.valid)
+    inverse, mean, _, count = _addresses(kernel, statistics, given)
+    extension.backward(  # type: ignore[union-attr]  # whoever made a kernel has seen it there
+        kernel.call(x.dtype, None if mask is None else mask.shape, measured=given.recalled is None),  # type: ignore[arg-type]
+        x.data_ptr(),
+        d_output.data_ptr(),
+        0 if d_total is None else d_total.data_ptr(),
+        0 if d_x is None else d_x.data_ptr(),
+        0 if read_weight is None else read_weight.data_ptr(),
+        0 if read_bias is None else read_bias.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        mean,
+        inverse,
+        count,
+        0 if d_weight is None else d_weight.data_ptr(),
+        0 if d_bias is None else d_bias.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return d_x, _returned(d_weight, weight), _returned(d_bias, bias)
+
+
+def _like(gradient: Tensor, x: Tensor) -> Tensor:
+    """A gradient that lies in memory as the input does, without a change to what came."""
+    if gradient.stride() == x.stride() and not gradient.is_neg() and gradient.dtype == x.dtype:
+        return gradient
+    return torch.empty_like(x).copy_(gradient)
+
+
+def _read(kernel: Kernel, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Parameters as the kernel reads them: float32, contiguous, and no bias without a weight."""
+    if weight is not None and (weight.dtype is not torch.float32 or kernel.offset or not weight.is_contiguous()):
+        weight = (weight.detach().float() + kernel.offset if kernel.offset else weight.detach().float()).contiguous()
+    if bias is not None:
+        if bias.dtype is not torch.float32 or not bias.is_contiguous():
+            bias = bias.detach().float().contiguous()
+        if weight is None:
+            weight = torch.ones_like(bias)
+    return weight, bias
+
+
+def _returned(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return gradient if gradient is None or parameter is None else gradient.to(parameter.dtype).reshape(parameter.shape)
+
+
+def _room(kernel: Kernel, given: Given) -> Tensor:
+    """Where the kernel puts the numbers of each column."""
+    rows = 4 if given.valid is not None else 3 if given.remembers else 2 if kernel.centers else 1
+    return torch.empty((rows, kernel.geometry.columns), dtype=_WIDE)
+
+
+def _addresses(kernel: Kernel, statistics: Tensor, given: Given) -> tuple[int, int, int, int]:
+    """Where the rows of the statistics begin; 0 for those that are not there, or not wanted."""
+    first, row = statistics.data_ptr(), statistics.shape[1] * statistics.element_size()
+    rows = statistics.shape[0]
+    mean = first + row if rows > 1 and kernel.centers else 0
+    m2 = first + 2 * row if rows > 2 else 0
+    return first, mean, m2, first + 3 * row if rows > 3 else 0
+
+
+def _recalled(kernel: Kernel, recalled: Recalled, dtype: torch.dtype) -> Tensor:
+    """Remembered statistics as the kernel reads them: inverse and mean of each column."""
+    geometry, plan = kernel.geometry, kernel.steps.plan
+    shape = [1 if dim in plan.reduced else size for dim, size in enumerate(plan.view)]
+    normalizer = cast("Standardize | RMS", kernel.steps.normalizer)
+    *mean, spread = recalled.statistics
+    eps = torch.finfo(dtype).eps if normalizer.eps is None else normalizer.eps
+    rows = [(spread.to(_WIDE) + eps).rsqrt(), *(m.to(_WIDE) for m in mean)]
+    others = [dim for dim in range(len(shape)) if dim not in geometry.kept]
+    order = [*geometry.kept, *others]
+    return torch.stack([row.expand(shape).permute(order).reshape(-1) for row in rows])
+
+
+def _moments(kernel: Kernel, given: Given, statistics: Tensor) -> Moments | None:
+    """The batch's moments, with a dimension for each of the view's."""
+    if not given.remembers:
+        return None
+    geometry, plan = kernel.geometry, kernel.steps.plan
+
+    def shaped(row: Tensor) -> Tensor:
+        dims = geometry.kept
+        ordered = sorted(range(len(dims)), key=dims.__getitem__)
+        row = row.reshape([plan.view[dim] for dim in dims]).permute(ordered)
+        return row.reshape([size if dim in dims else 1 for dim, size in enumerate(plan.view)])
+
+    m2 = shaped(statistics[2])
+    mean = shaped(statistics[1]) if kernel.centers else m2 * 0
+    return Moments(plan.rows if given.valid is None else shaped(statistics[3]), mean, m2)
+
+
+def _bytes_of(kernel: Kernel, valid: Tensor) -> Tensor:
+    """A mask as the kernel reads it: a byte for each element that it tells apart, in the four groups."""
+    geometry, plan = kernel.geometry, kernel.steps.plan
+    sizes = mask_shape(geometry, plan, valid.shape)
+    dims = [dim for group in geometry.groups for dim in group]
+    shape = list(valid.shape)
+    for group, size in zip(geometry.groups, sizes, strict=True):
+        for dim in group if size != 1 else ():
+            shape[dim] = plan.view[dim]
+    others = [dim for dim in range(len(shape)) if dim not in dims]
+    return valid.expand(shape).permute([*dims, *others]).reshape(sizes).contiguous().view(torch.uint8)
+
+
+def _strides(sizes: tuple[int, int, int, int]) -> tuple[int, ...]:
+    """Those of a contiguous tensor, 0 for sizes of 1."""
+    strides, step = [], 1
+    for size in reversed(sizes):
+        strides.append(step if size != 1 else 0)
+        step *= size
+    return tuple(reversed(strides))

@@ -1,0 +1,431 @@
+// Columns that lie side by side: RK, KRK, KRKR, and RKR with short runs. A lane is one place (k, s) of a row; a column is
+// r1 neighbouring lanes, down all rows.
+//
+// Rows are measured in pieces, so that a lane's sums are in one order whether one thread has the column or many have a
+// piece each. Where there are tiles of lanes enough, and they fit the cache, one thread has a tile, and its second look
+// hits the cache. Otherwise all threads measure, then all apply.
+#pragma once
+
+#include <type_traits>
+
+#include "activations.h"
+#include "call.h"
+#include "column.h"
+#include "runs.h"
+#include "team.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t kTile = 512;         // lanes of a tile at most
+constexpr int64_t kRowsOfPiece = 512;  // rows that are summed before they are added to the lane's sums
+constexpr int64_t kPanel = 32;         // rows that are summed as floats, in registers
+constexpr int64_t kCache = 1 << 19;    // bytes that a tile may have, so that the second look at it hits the cache
+constexpr int kWide = kLanes == 16 ? 4 : 2;  // vectors of lanes that are worked on side by side
+
+// Arrays with a place for each lane. `slope` and `shift`: y = (x - high) * slope + shift. Where weights run down the
+// rows, the value before recovery is (x - high) * slope + shift.
+struct Lanes {
+  float *anchor, *high, *slope, *shift, *along, *level, *inverse, *weight;
+  double *first, *second;  // sums: of x - anchor and its square; backward: of d and d * (x - high)
+  int32_t* count;
+
+  Lanes from(int64_t lane) const {
+    return {anchor + lane, high + lane, slope + lane, shift + lane, along + lane, level + lane, inverse + lane, weight + lane, first + lane, second + lane, count + lane};
+  }
+};
+
+// Lanes of one tile, on the stack.
+struct TileLanes {
+  float floats[8][kTile];
+  double doubles[2][kTile];
+  int32_t counts[kTile];
+
+  Lanes lanes() {
+    return {floats[0], floats[1], floats[2], floats[3], floats[4], floats[5], floats[6], floats[7], doubles[0], doubles[1], counts};
+  }
+};
+
+struct RowWeights {
+  float weight, bias;
+};
+
+// Sums that belong to rows: with one weight and bias for each row, their gradients.
+struct RowSums {
+  double *d_weight, *d_bias;  // (r0,) each
+};
+
+// Where a rectangle of rows and lanes lies: of one a, rows from `row` on, lanes from `lane` on.
+struct Tile {
+  const Call& call;
+  int64_t a, lane, width;
+
+  int64_t at(int64_t row) const { return (a * call.r0 + row) * call.lanes() + lane; }
+  int64_t columns() const { return width / call.r1; }
+  int64_t column(int64_t k) const { return a * call.k1 + lane / call.r1 + k; }
+  // The mask's bytes of a row: one a lane, or one for all.
+  const uint8_t* mask(const uint8_t* mask, int64_t row) const {
+    return mask + call.mask_at(a, row, lane / call.r1, 0);
+  }
+  bool is_out(const uint8_t* valid, int64_t row) const { return valid && !has_mask(valid) && !*mask(valid, row); }
+  bool has_mask(const uint8_t* mask) const { return mask && (call.mask_k1 || call.mask_r1); }
+  // The weight and bias of a row, where it has its own; otherwise those that change nothing.
+  RowWeights weights(const float* weight, const float* bias, int64_t row) const {
+    if (!call.weight_r0) return {1, 0};
+    const int64_t index = call.weight_at(a, row, 0, 0);
+    return {weight ? weight[index] : 1, bias ? bias[index] : 0};
+  }
+};
+
+// Call body(lane, vectors, size) for chunks of lanes: of kWide vectors, of one, and of what is left.
+template <class Body>
+inline void in_chunks(int64_t width, Body body) {
+  int64_t lane = 0;
+  for (; lane + kWide * kLanes <= width; lane += kWide * kLanes)
+    body(lane, std::integral_constant<int, kWide>(), std::integral_constant<int, kLanes>());
+  for (; lane + kLanes <= width; lane += kLanes)
+    body(lane, std::integral_constant<int, 1>(), std::integral_constant<int, kLanes>());
+  if (lane < width) body(lane, std::integral_constant<int, 1>(), int(width - lane));
+}
+
+template <class E, class Size>
+inline F load_some(const E* from, Size size) {
+  return size == kLanes ? load<F>(from) : load_part<F>(from, size, 0);
+}
+template <class E, class Size>
+inline void store_some(E* to, F v, Size size) {
+  size == kLanes ? store(to, v) : store_part(to, v, size);
+}
+
+// Fetch what the next chunk will read of a row.
+template <class T>
+inline void fetch_next(const T* from, int vectors) {
+  for (int v = 0; v < vectors * kLanes * int(sizeof(T)); v += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(from + vectors * kLanes) + v);
+}
+
+// Numbers near the columns' means, in all lanes of each: the mean of the first rows, or with a mask an element.
+template <class T>
+void find_anchors(const Tile& tile, const T* x, const uint8_t* mask, const Lanes& lanes) {
+  const Call& call = tile.call;
+  const int64_t rows = call.r0 < kGuessed ? call.r0 : kGuessed;
+  if (!mask)
+    in_chunks(tile.width, [&](int64_t lane, auto vectors, auto size) {
+      for (int v = 0; v < vectors; ++v) {
+        F sum = {};
+        for (int64_t j = 0; j < rows; ++j) sum += load_some(x + tile.at(j) + lane + v * kLanes, size);
+        store_some(lanes.anchor + lane + v * kLanes, sum / float(rows), size);
+      }
+    });
+  if (!mask && call.r1 == 1) return;
+  for (int64_t k = 0; k < tile.columns(); ++k) {
+    float* of_column = lanes.anchor + k * call.r1;
+    float anchor = 0;
+    if (mask)
+      anchor = float(RunsOf<T>{call, tile.a, tile.lane / call.r1 + k}.shift(x, mask));
+    else
+      for (int64_t s = 0; s < call.r1; ++s) anchor += of_column[s] / float(call.r1);
+    for (int64_t s = 0; s < call.r1; ++s) of_column[s] = anchor;
+  }
+}
+
+// Add the sums of a panel of rows to the lanes' sums.
+template <class T, bool kMasked>
+void panel_sums(const Tile& tile, const T* x, const uint8_t* mask, int64_t row, int64_t rows, const Lanes& lanes) {
+  in_chunks(tile.width, [&](int64_t lane, auto vectors, auto size) {
+    F anchor[vectors], first[vectors], second[vectors];
+    for (int v = 0; v < vectors; ++v) {
+      anchor[v] = load_some(lanes.anchor + lane + v * kLanes, size);
+      first[v] = second[v] = F{};
+    }
+    const bool goes_on = lane + 2 * vectors * kLanes <= tile.width;
+    for (int64_t j = row; j < row + rows; ++j) {
+      if (!kMasked && tile.is_out(mask, j)) continue;
+      const T* from = x + tile.at(j) + lane;
+      if (goes_on) fetch_next(from, vectors);
+      for (int v = 0; v < vectors; ++v) {
+        F d = load_some(from + v * kLanes, size) - anchor[v];
+        if constexpr (kMasked) d = keep(d, tile.mask(mask, j) + lane + v * kLanes, size);
+        first[v] += d;
+        second[v] = fma(d, d, second[v]);
+      }
+    }
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t at = lane + v * kLanes;
+      size == kLanes ? add_to(lanes.first + at, first[v]) : add_part_to(lanes.first + at, first[v], size);
+      size == kLanes ? add_to(lanes.second + at, second[v]) : add_part_to(lanes.second + at, second[v], size);
+    }
+  });
+}
+
+// The sums of rows `first` to `last`.
+template <class T, bool kMasked>
+void lane_sums(const Tile& tile, const T* x, const uint8_t* mask, int64_t first, int64_t last, const Lanes& lanes) {
+  std::memset(lanes.first, 0, tile.width * sizeof(double));
+  std::memset(lanes.second, 0, tile.width * sizeof(double));
+  for (int64_t row = first; row < last; row += kPanel)
+    panel_sums<T, kMasked>(tile, x, mask, row, last - row < kPanel ? last - row : kPanel, lanes);
+  if (!mask) return;
+  std::memset(lanes.count, 0, tile.width * sizeof(int32_t));
+  for (int64_t row = first; row < last; ++row) {
+    const uint8_t* valid = tile.mask(mask, row);
+    for (int64_t lane = 0; lane < tile.width; ++lane) lanes.count[lane] += valid[kMasked ? lane : 0] != 0;
+  }
+}
+
+// The statistics of a column from the sums of its lanes, or from the column itself where those are not to be trusted.
+template <class T>
+Line measure_column(const Tile& tile, const Forward& t, const T* x, const Lanes& lanes, int64_t k) {
+  const Call& call = tile.call;
+  const int64_t from = k * call.r1;
+  Sums sums;
+  for (int64_t s = 0; s < call.r1; ++s) {
+    sums.sum += lanes.first[from + s];
+    sums.square += lanes.second[from + s];
+    sums.count += t.mask ? lanes.count[from + s] : call.r0;
+  }
+  if (trusted(sums, call.normalizer == kStandardize)) return measured(call, sums, lanes.anchor[from], t.statistics, tile.column(k));
+  const RunsOf<T> column{call, tile.a, tile.lane / call.r1 + k};
+  const double shift = call.normalizer == kStandardize ? column.shift(x, t.mask) : 0;
+  return measured(call, column.exact_sums(x, t.mask, shift), shift, t.statistics, tile.column(k));
+}
+
+// What the lanes are normalized with: the batch's statistics, from the sums in the lanes, or given ones.
+template <class T>
+bool prepare_lanes(const Tile& tile, const Forward& t, const T* x, const Lanes& lanes) {
+  const Call& call = tile.call;
+  bool all_fit = true;
+  for (int64_t k = 0; k < tile.columns(); ++k) {
+    const Line line = call.measured ? measure_column(tile, t, x, lanes, k) : remembered(t.statistics, tile.column(k));
+    all_fit = all_fit && line.fits;
+    for (int64_t s = 0; s < call.r1; ++s) {
+      const int64_t lane = k * call.r1 + s, index = call.weight_at(tile.a, 0, tile.lane / call.r1 + k, s);
+      const bool here = !call.weight_r0;
+      lanes.high[lane] = line.high;
+      lanes.slope[lane] = line.slope(here && t.weight ? t.weight[index] : 1);
+      lanes.shift[lane] = line.shift(here && t.weight ? t.weight[index] : 1, here && t.bias ? t.bias[index] : 0);
+    }
+  }
+  return all_fit;
+}
+
+// Normalize rows `first` to `last` of a tile. With `kDown` each row has one weight and bias of its own.
+template <class T, bool kDown, bool kMasked, int kAct>
+void lane_apply(const Tile& tile, const Forward& t, const T* x, int64_t first, int64_t last, const Lanes& lanes) {
+  const int activation = tile.call.activation;
+  for (int64_t end = last; end > first; end -= kPanel) {  // the last rows are still in the cache
+    const int64_t begin = end - first < kPanel ? first : end - kPanel;
+    in_chunks(tile.width, [&](int64_t lane, auto vectors, auto size) {
+      F high[vectors], slope[vectors], shift[vectors];
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t at = lane + v * kLanes;
+        high[v] = load_some(lanes.high + at, size), slope[v] = load_some(lanes.slope + at, size);
+        shift[v] = load_some(lanes.shift + at, size);
+      }
+      for (int64_t j = begin; j < end; ++j) {
+        const bool out = !kMasked && tile.is_out(t.mask, j);
+        const auto [weight, bias] = kDown ? tile.weights(t.weight, t.bias, j) : RowWeights{1, 0};
+        const int64_t at = tile.at(j) + lane;
+        for (int v = 0; v < vectors; ++v) {
+          F z = fma(load_some(x + at + v * kLanes, size) - high[v], slope[v], shift[v]);
+          if constexpr (kDown) z = fma(z, F{} + weight, F{} + bias);
+          z = activate<kAct>(z, activation);
+          if constexpr (kMasked) z = keep(z, tile.mask(t.mask, j) + lane + v * kLanes, size);
+          store_some(static_cast<T*>(t.y) + at + v * kLanes, out ? F{} : z, size);
+        }
+      }
+    });
+  }
+}
+
+// The loops over rows, for one recovery, mask and activation; the rest is compiled once for each dtype.
+template <class T>
+struct LaneLoops {
+  bool masked;  // whether the mask has a byte for each lane
+  bool down;    // whether rows have a weight and bias of their own, and lanes none
+  void (*sums)(const Tile&, const T*, const uint8_t*, int64_t, int64_t, const Lanes&);
+  void (*apply)(const Tile&, const Forward&, const T*, int64_t, int64_t, const Lanes&);
+  void (*gradient_sums)(const Tile&, const Backward&, int64_t, int64_t, const Lanes&, const RowSums&);
+  void (*gradient)(const Tile&, const Backward&, int64_t, int64_t, const Lanes&);
+};
+
+// Columns that float cannot hold, once more, in double.
+template <class T>
+void mend_forward(const Tile& tile, const Forward& t, const T* x) {
+  for (int64_t k = 0; k < tile.columns(); ++k) {
+    const Line line = remembered(t.statistics, tile.column(k));
+    if (!line.fits) column_forward<T>(tile.call, t, x, tile.a, tile.lane / tile.call.r1 + k, line);
+  }
+}
+
+template <class T>
+void add_rows(const Tile& tile, const Forward& t, int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t at = tile.at(row);
+    add(static_cast<const T*>(t.x) + at, static_cast<const T*>(t.residual) + at, static_cast<T*>(t.sum) + at, tile.width);
+  }
+}
+
+// Lanes of a tile: whole columns, as few as let the tile fit the cache, but at least a quarter of the most.
+inline int64_t tile_width(const Call& call, int64_t bytes_of_element) {
+  int64_t lanes = kCache / (call.r0 * bytes_of_element);
+  if (lanes > kTile) lanes = kTile;
+  if (lanes < kTile / 4) lanes = kTile / 4;
+  lanes = lanes / (2 * kLanes) * (2 * kLanes);
+  const int64_t columns = lanes / call.r1;
+  return (columns > 0 ? columns : 1) * call.r1;
+}
+
+// Tiles of lanes, for each a.
+struct Tiling {
+  const Call& call;
+  int64_t width, each_a;
+
+  Tiling(const Call& c, int64_t bytes_of_element)
+      : call(c), width(tile_width(c, bytes_of_element)), each_a(divided_up(c.lanes(), width)) {}
+  int64_t tiles() const { return call.k0 * each_a; }
+  Tile tile(int64_t item) const {
+    const int64_t lane = item % each_a * width, left = call.lanes() - lane;
+    return {call, item / each_a, lane, left < width ? left : width};
+  }
+};
+
+inline int64_t pieces_of(const Call& call) { return divided_up(call.r0, kRowsOfPiece); }
+inline int64_t end_of(const Call& call, int64_t piece) {
+  return call.r0 < (piece + 1) * kRowsOfPiece ? call.r0 : (piece + 1) * kRowsOfPiece;
+}
+
+// Add a piece's sums to those of the pieces before it.
+inline void add_piece(const Lanes& piece, const Lanes& sums, int64_t width, bool counts) {
+  for (int64_t lane = 0; lane < width; ++lane) {
+    sums.first[lane] += piece.first[lane];
+    sums.second[lane] += piece.second[lane];
+    if (counts) sums.count[lane] += piece.count[lane];
+  }
+}
+
+inline void clear(const Lanes& lanes, int64_t width) {
+  std::memset(lanes.first, 0, width * sizeof(double));
+  std::memset(lanes.second, 0, width * sizeof(double));
+  std::memset(lanes.count, 0, width * sizeof(int32_t));
+}
+
+// One thread has the tile.
+template <class T>
+void tile_forward(const Tile& tile, const Forward& t, const LaneLoops<T>& loops) {
+  const Call& call = tile.call;
+  TileLanes own, piece;
+  const Lanes lanes = own.lanes();
+  const T* x = static_cast<const T*>(t.residual ? t.sum : t.x);
+  if (t.residual) add_rows<T>(tile, t, 0, call.r0);
+  if (call.measured) {
+    Lanes part = piece.lanes();
+    if (call.normalizer == kStandardize)
+      find_anchors(tile, x, t.mask, lanes);
+    else
+      std::memset(lanes.anchor, 0, tile.width * sizeof(float));
+    part.anchor = lanes.anchor;
+    clear(lanes, tile.width);
+    for (int64_t p = 0; p < pieces_of(call); ++p) {
+      loops.sums(tile, x, t.mask, p * kRowsOfPiece, end_of(call, p), part);
+      add_piece(part, lanes, tile.width, t.mask);
+    }
+  }
+  const bool all_fit = prepare_lanes(tile, t, x, lanes);
+  loops.apply(tile, t, x, 0, call.r0, lanes);
+  if (!all_fit) mend_forward(tile, t, x);
+}
+
+// Arrays for all lanes of all a, and sums for all pieces.
+struct SharedLanes {
+  Scratch<float> floats;
+  Scratch<double> doubles;
+  Scratch<int32_t> counts;
+  int64_t lanes;  // of all a
+
+  SharedLanes(int64_t lanes_, int64_t pieces)
+      : floats(8 * lanes_), doubles(2 * lanes_ * (pieces + 1)), counts(lanes_ * (pieces + 1)), lanes(lanes_) {}
+  bool ok() const { return floats.data && doubles.data && counts.data; }
+  // Sums of piece p - 1; p = 0: of all pieces.
+  Lanes part(int64_t p) const {
+    float* f = floats.data;
+    double* d = doubles.data + 2 * lanes * p;
+    return {f,
+            f + lanes,
+            f + 2 * lanes,
+            f + 3 * lanes,
+            f + 4 * lanes,
+            f + 5 * lanes,
+            f + 6 * lanes,
+            f + 7 * lanes,
+            d,
+            d + lanes,
+            counts.data + lanes * p};
+  }
+};
+
+// All threads measure pieces, then all apply.
+template <class T>
+bool forward_together(const Tiling& tiling, const Forward& t, const Team& team, const LaneLoops<T>& loops) {
+  const Call& call = tiling.call;
+  const int64_t pieces = pieces_of(call), tiles = tiling.tiles();
+  const SharedLanes shared(call.k0 * call.lanes(), call.measured ? pieces : 0);
+  if (!shared.ok()) return false;
+  const T* x = static_cast<const T*>(t.residual ? t.sum : t.x);
+  const auto place = [&](const Tile& tile) { return tile.a * call.lanes() + tile.lane; };
+  if (t.residual)
+    each(team, tiles * pieces, [&](int64_t item) {
+      const int64_t p = item / tiles;
+      add_rows<T>(tiling.tile(item % tiles), t, p * kRowsOfPiece, end_of(call, p));
+    });
+  if (call.measured) {
+    each(team, tiles, [&](int64_t item) {
+      const Tile tile = tiling.tile(item);
+      const Lanes lanes = shared.part(0).from(place(tile));
+      clear(lanes, tile.width);
+      if (call.normalizer == kStandardize)
+        find_anchors(tile, x, t.mask, lanes);
+      else
+        std::memset(lanes.anchor, 0, tile.width * sizeof(float));
+    });
+    each(team, tiles * pieces, [&](int64_t item) {
+      const Tile tile = tiling.tile(item % tiles);
+      const int64_t p = item / tiles;
+      loops.sums(tile, x, t.mask, p * kRowsOfPiece, end_of(call, p), shared.part(p + 1).from(place(tile)));
+    });
+  }
+  Scratch<uint8_t> fits(tiles);
+  if (!fits.data) return false;
+  each(team, tiles, [&](int64_t item) {
+    const Tile tile = tiling.tile(item);
+    const Lanes lanes = shared.part(0).from(place(tile));
+    for (int64_t p = 0; call.measured && p < pieces; ++p)
+      add_piece(shared.part(p + 1).from(place(tile)), lanes, tile.width, t.mask);
+    fits.data[item] = prepare_lanes(tile, t, x, lanes);
+  });
+  each(team, tiles * pieces, [&](int64_t item) {
+    const Tile tile = tiling.tile(item % tiles);
+    const int64_t p = pieces - 1 - item / tiles;
+    loops.apply(tile, t, x, p * kRowsOfPiece, end_of(call, p), shared.part(0).from(place(tile)));
+  });
+  for (int64_t item = 0; item < tiles; ++item)
+    if (!fits.data[item]) mend_forward(tiling.tile(item), t, x);
+  return true;
+}
+
+// Whether the threads share the pieces of a tile: there are too few tiles, or they do not fit the cache anyway.
+inline bool goes_together(const Tiling& tiling, const Team& team, int64_t bytes_of_element) {
+  const bool enough = tiling.tiles() >= 4 * team.threads;
+  const bool fits = tiling.call.r0 * tiling.width * bytes_of_element <= 2 * kCache;
+  return pieces_of(tiling.call) > 1 && !(enough && fits);
+}
+
+template <class T>
+bool lanes_forward(const Call& call, const Forward& t, const Team& team, const LaneLoops<T>& loops) {
+  const Tiling tiling(call, sizeof(T));
+  if (goes_together(tiling, team, sizeof(T))) return forward_together(tiling, t, team, loops);
+  each(team, tiling.tiles(), [&](int64_t item) { tile_forward(tiling.tile(item), t, loops); });
+  return true;
+}
+
+}  // namespace

@@ -1,0 +1,282 @@
+// The gradients of columns that lie side by side; see lanes.h for how they are divided.
+#pragma once
+
+#include "lanes.h"
+
+namespace {
+
+// Add the sums of a panel of rows to the lanes' sums of d and of d * (x - high); with `kDown` d includes the weight.
+template <class T, bool kDown, bool kMasked, int kAct>
+void panel_gradient_sums(const Tile& tile, const Backward& t, int64_t row, int64_t rows, const Lanes& lanes,
+                         const RowSums& row_sums) {
+  const T *x = static_cast<const T*>(t.x), *d_y = static_cast<const T*>(t.d_y);
+  F row_weight[kDown ? kPanel : 1] = {}, row_bias[kDown ? kPanel : 1] = {};
+  in_chunks(tile.width, [&](int64_t lane, auto vectors, auto size) {
+    F high[vectors], slope[vectors], shift[vectors], first[vectors], second[vectors];
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t at = lane + v * kLanes;
+      high[v] = load_some(lanes.high + at, size), slope[v] = load_some(lanes.slope + at, size);
+      shift[v] = load_some(lanes.shift + at, size), first[v] = second[v] = F{};
+    }
+    const bool goes_on = lane + 2 * vectors * kLanes <= tile.width;
+    for (int64_t j = row; j < row + rows; ++j) {
+      if (!kMasked && tile.is_out(t.mask, j)) continue;
+      const int64_t at = tile.at(j) + lane;
+      if (goes_on) fetch_next(x + at, vectors), fetch_next(d_y + at, vectors);
+      const auto [weight, bias] = kDown ? tile.weights(t.weight, t.bias, j) : RowWeights{1, 0};
+      for (int v = 0; v < vectors; ++v) {
+        F centred = load_some(x + at + v * kLanes, size) - high[v], d = load_some(d_y + at + v * kLanes, size);
+        if constexpr (kMasked) {
+          const uint8_t* valid = tile.mask(t.mask, j) + lane + v * kLanes;
+          centred = keep(centred, valid, size), d = keep(d, valid, size);
+        }
+        if constexpr (kDown || kAct != kActNone) {
+          const F value = fma(centred, slope[v], shift[v]);
+          if constexpr (kAct != kActNone)
+            d *= activation_slope<kAct>(kDown ? fma(value, F{} + weight, F{} + bias) : value, tile.call.activation);
+          if constexpr (kDown) {
+            row_weight[j - row] = fma(d, value, row_weight[j - row]);
+            row_bias[j - row] += d;
+            d *= weight;
+          }
+        }
+        first[v] += d;
+        second[v] = fma(d, centred, second[v]);
+      }
+    }
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t at = lane + v * kLanes;
+      size == kLanes ? add_to(lanes.first + at, first[v]) : add_part_to(lanes.first + at, first[v], size);
+      size == kLanes ? add_to(lanes.second + at, second[v]) : add_part_to(lanes.second + at, second[v], size);
+    }
+  });
+  if constexpr (kDown)
+    for (int64_t j = 0; j < rows; ++j) {
+      row_sums.d_weight[row + j] = total(row_weight[j]);
+      row_sums.d_bias[row + j] = total(row_bias[j]);
+    }
+}
+
+template <class T, bool kDown, bool kMasked, int kAct>
+void lane_gradient_sums(const Tile& tile, const Backward& t, int64_t first, int64_t last, const Lanes& lanes,
+                        const RowSums& row_sums) {
+  std::memset(lanes.first, 0, tile.width * sizeof(double));
+  std::memset(lanes.second, 0, tile.width * sizeof(double));
+  for (int64_t row = first; row < last; row += kPanel)
+    panel_gradient_sums<T, kDown, kMasked, kAct>(tile, t, row, last - row < kPanel ? last - row : kPanel, lanes, row_sums);
+}
+
+// high, slope and shift, as in the forward.
+template <class T>
+bool prepare_lines(const Tile& tile, const Backward& t, const Lanes& lanes) {
+  Forward given{};
+  given.weight = t.weight;
+  given.bias = t.bias;
+  given.statistics = t.statistics;
+  Call remembers = tile.call;
+  remembers.measured = 0;
+  return prepare_lanes<T>(Tile{remembers, tile.a, tile.lane, tile.width}, given, nullptr, lanes);
+}
+
+// From a tile's sums: the gradients of weight and bias for each lane, left in the sums, and what d_x is made of.
+inline void descend(const Tile& tile, const Backward& t, const Lanes& lanes) {
+  const Call& call = tile.call;
+  for (int64_t k = 0; k < tile.columns(); ++k) {
+    const Line line = remembered(t.statistics, tile.column(k));
+    double d = 0, dv = 0;
+    for (int64_t s = 0; s < call.r1; ++s) {
+      const int64_t lane = k * call.r1 + s, index = call.weight_at(tile.a, 0, tile.lane / call.r1 + k, s);
+      const double weight = t.weight && !call.weight_r0 ? t.weight[index] : 1;
+      lanes.second[lane] = (lanes.second[lane] - line.low * lanes.first[lane]) * line.exact_inverse;
+      d += lanes.first[lane] * weight;
+      dv += lanes.second[lane] * weight;
+    }
+    const double n = divisor(call, count_of(call, t.statistics, tile.column(k)));
+    const bool centers = call.normalizer == kStandardize;
+    const Descent descent(line, call.measured && centers ? d / n : 0, call.measured ? dv / n : 0);
+    for (int64_t s = 0; s < call.r1; ++s) {
+      const int64_t index = call.weight_at(tile.a, 0, tile.lane / call.r1 + k, s);
+      lanes.along[k * call.r1 + s] = descent.along;
+      lanes.inverse[k * call.r1 + s] = line.inverse;
+      lanes.weight[k * call.r1 + s] = t.weight && !call.weight_r0 ? t.weight[index] : 1;
+      lanes.level[k * call.r1 + s] = descent.level;
+    }
+  }
+}
+
+// d_x of rows `first` to `last` of a tile.
+template <class T, bool kDown, bool kMasked, int kAct>
+void lane_gradient(const Tile& tile, const Backward& t, int64_t first, int64_t last, const Lanes& lanes) {
+  const T *x = static_cast<const T*>(t.x), *d_y = static_cast<const T*>(t.d_y), *d_sum = static_cast<const T*>(t.d_sum);
+  for (int64_t end = last; end > first; end -= kPanel) {  // the last rows are still in the cache
+    const int64_t begin = end - first < kPanel ? first : end - kPanel;
+    in_chunks(tile.width, [&](int64_t lane, auto vectors, auto size) {
+      F high[vectors], along[vectors], level[vectors], inverse[vectors], weights[vectors];
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t at = lane + v * kLanes;
+        high[v] = load_some(lanes.high + at, size), along[v] = load_some(lanes.along + at, size);
+        level[v] = load_some(lanes.level + at, size), inverse[v] = load_some(lanes.inverse + at, size);
+        weights[v] = load_some(lanes.weight + at, size);
+      }
+      for (int64_t j = begin; j < end; ++j) {
+        const bool out = !kMasked && tile.is_out(t.mask, j);
+        const auto [weight, bias] = kDown ? tile.weights(t.weight, t.bias, j) : RowWeights{1, 0};
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t at = tile.at(j) + lane + v * kLanes;
+          const F centred = load_some(x + at, size) - high[v];
+          F d = load_some(d_y + at, size);
+          if constexpr (kAct != kActNone) {
+            const int64_t of_lane = lane + v * kLanes;
+            const F value = fma(centred, load_some(lanes.slope + of_lane, size), load_some(lanes.shift + of_lane, size));
+            d *= activation_slope<kAct>(kDown ? fma(value, F{} + weight, F{} + bias) : value, tile.call.activation);
+          }
+          d *= kDown ? F{} + weight : weights[v];
+          F gradient = (d + fma(centred, along[v], level[v])) * inverse[v];
+          if constexpr (kMasked) gradient = keep(gradient, tile.mask(t.mask, j) + lane + v * kLanes, size);
+          if (out) gradient = F{};
+          if (d_sum) gradient += load_some(d_sum + at, size);
+          store_some(static_cast<T*>(t.d_x) + at, gradient, size);
+        }
+      }
+    });
+  }
+}
+
+template <class T>
+void mend_backward(const Tile& tile, const Backward& t) {
+  for (int64_t k = 0; k < tile.columns(); ++k) {
+    const Line line = remembered(t.statistics, tile.column(k));
+    const double n = divisor(tile.call, count_of(tile.call, t.statistics, tile.column(k)));
+    if (!line.fits) column_backward<T>(tile.call, t, tile.a, tile.lane / tile.call.r1 + k, line, n);
+  }
+}
+
+// Sums for the parameters' gradients: of each lane of each a, or with `kDown` of each row of each tile.
+struct ParameterParts {
+  Scratch<double> d_weight, d_bias;
+  int64_t size;
+  explicit ParameterParts(int64_t n) : d_weight(n), d_bias(n), size(n) {}
+  bool ok() const { return d_weight.data && d_bias.data; }
+};
+
+// One thread has the tile.
+template <class T>
+void tile_backward(const Tile& tile, const Backward& t, const ParameterParts& parts, int64_t item, const LaneLoops<T>& loops) {
+  const Call& call = tile.call;
+  TileLanes own, piece;
+  const Lanes lanes = own.lanes();
+  const bool all_fit = prepare_lines<T>(tile, t, lanes);
+  Lanes part = piece.lanes();
+  part.high = lanes.high, part.slope = lanes.slope, part.shift = lanes.shift;
+  clear(lanes, tile.width);
+  RowSums row_sums{nullptr, nullptr};
+  if (loops.down) {
+    row_sums = {parts.d_weight.data + item * call.r0, parts.d_bias.data + item * call.r0};
+    std::memset(row_sums.d_weight, 0, call.r0 * sizeof(double));
+    std::memset(row_sums.d_bias, 0, call.r0 * sizeof(double));
+  }
+  for (int64_t p = 0; p < pieces_of(call); ++p) {
+    loops.gradient_sums(tile, t, p * kRowsOfPiece, end_of(call, p), part, row_sums);
+    add_piece(part, lanes, tile.width, false);
+  }
+  descend(tile, t, lanes);
+  if (!loops.down) {
+    const int64_t place = tile.a * call.lanes() + tile.lane;
+    std::memcpy(parts.d_bias.data + place, lanes.first, tile.width * sizeof(double));
+    std::memcpy(parts.d_weight.data + place, lanes.second, tile.width * sizeof(double));
+  }
+  if (!t.d_x) return;
+  loops.gradient(tile, t, 0, call.r0, lanes);
+  if (!all_fit) mend_backward<T>(tile, t);
+}
+
+// All threads sum pieces, then all apply. Not with one weight a row.
+template <class T>
+bool backward_together(const Tiling& tiling, const Backward& t, const ParameterParts& parts, const Team& team,
+                       const LaneLoops<T>& loops) {
+  const Call& call = tiling.call;
+  const int64_t pieces = pieces_of(call), tiles = tiling.tiles();
+  const SharedLanes shared(call.k0 * call.lanes(), pieces);
+  Scratch<uint8_t> fits(tiles);
+  if (!shared.ok() || !fits.data) return false;
+  const auto place = [&](const Tile& tile) { return tile.a * call.lanes() + tile.lane; };
+  each(team, tiles, [&](int64_t item) {
+    const Tile tile = tiling.tile(item);
+    const Lanes lanes = shared.part(0).from(place(tile));
+    clear(lanes, tile.width);
+    fits.data[item] = prepare_lines<T>(tile, t, lanes);
+  });
+  each(team, tiles * pieces, [&](int64_t item) {
+    const Tile tile = tiling.tile(item % tiles);
+    const int64_t p = item / tiles;
+    const Lanes part = shared.part(p + 1).from(place(tile));
+    loops.gradient_sums(tile, t, p * kRowsOfPiece, end_of(call, p), part, {nullptr, nullptr});
+  });
+  each(team, tiles, [&](int64_t item) {
+    const Tile tile = tiling.tile(item);
+    const Lanes lanes = shared.part(0).from(place(tile));
+    for (int64_t p = 0; p < pieces; ++p) add_piece(shared.part(p + 1).from(place(tile)), lanes, tile.width, false);
+    descend(tile, t, lanes);
+    std::memcpy(parts.d_bias.data + place(tile), lanes.first, tile.width * sizeof(double));
+    std::memcpy(parts.d_weight.data + place(tile), lanes.second, tile.width * sizeof(double));
+  });
+  if (!t.d_x) return true;
+  each(team, tiles * pieces, [&](int64_t item) {
+    const Tile tile = tiling.tile(item % tiles);
+    const int64_t p = pieces - 1 - item / tiles;
+    loops.gradient(tile, t, p * kRowsOfPiece, end_of(call, p), shared.part(0).from(place(tile)));
+  });
+  for (int64_t item = 0; item < tiles; ++item)
+    if (!fits.data[item]) mend_backward<T>(tiling.tile(item), t);
+  return true;
+}
+
+// Add what belongs to one weight, in order.
+inline bool add_parts(const Tiling& tiling, const Backward& t, const ParameterParts& parts, bool down) {
+  const Call& call = tiling.call;
+  Scratch<double> sums(2 * call.weight_size);
+  if (!sums.data) return false;
+  std::memset(sums.data, 0, 2 * call.weight_size * sizeof(double));
+  const auto put = [&](int64_t index, int64_t place) {
+    sums.data[index] += parts.d_weight.data[place];
+    sums.data[call.weight_size + index] += parts.d_bias.data[place];
+  };
+  if (down) {
+    for (int64_t item = 0; item < tiling.tiles(); ++item)
+      for (int64_t r = 0; r < call.r0; ++r) put(call.weight_at(item / tiling.each_a, r, 0, 0), item * call.r0 + r);
+  } else {
+    for (int64_t a = 0; a < call.k0; ++a)
+      for (int64_t k = 0; k < call.k1; ++k)
+        for (int64_t s = 0; s < call.r1; ++s) put(call.weight_at(a, 0, k, s), (a * call.k1 + k) * call.r1 + s);
+  }
+  for (int64_t e = 0; e < call.weight_size; ++e) {
+    if (t.d_weight) t.d_weight[e] = float(sums.data[e]);
+    if (t.d_bias) t.d_bias[e] = float(sums.data[call.weight_size + e]);
+  }
+  return true;
+}
+
+template <class T>
+bool lanes_backward(const Call& call, const Backward& t, const Team& team, const LaneLoops<T>& loops) {
+  const Tiling tiling(call, 2 * sizeof(T));  // x and d_y
+  const ParameterParts parts(loops.down ? tiling.tiles() * call.r0 : call.k0 * call.lanes());
+  if (!parts.ok()) return false;
+  if (!loops.down && goes_together(tiling, team, 2 * sizeof(T))) {
+    if (!backward_together(tiling, t, parts, team, loops)) return false;
+  } else {
+    each(team, tiling.tiles(), [&](int64_t item) { tile_backward(tiling.tile(item), t, parts, item, loops); });
+  }
+  return !(t.d_weight || t.d_bias) || add_parts(tiling, t, parts, loops.down);
+}
+
+template <class T, bool kDown, bool kMasked, int kAct>
+LaneLoops<T> lane_loops() {
+  return {kMasked,
+          kDown,
+          lane_sums<T, kMasked>,
+          lane_apply<T, kDown, kMasked, kAct>,
+          lane_gradient_sums<T, kDown, kMasked, kAct>,
+          lane_gradient<T, kDown, kMasked, kAct>};
+}
+
+}  // namespace

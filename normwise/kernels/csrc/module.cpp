@@ -1,0 +1,218 @@
+// The Python module normwise.kernels._cpu: it chooses the instruction set, finds torch's threads and calls the kernels.
+//
+// It is written against Python's stable ABI and links neither torch nor an OpenMP library, so that one build serves every
+// Python and every torch. Tensors come as addresses; kernels/cpu.py has checked them.
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+
+#include <atomic>
+#include <cstring>
+
+#if !defined(_WIN32)
+#include <dlfcn.h>
+#include <pthread.h>
+#endif
+
+#include "call.h"
+
+using normwise::Backward;
+using normwise::Call;
+using normwise::Forward;
+using normwise::Kernels;
+using normwise::Team;
+
+extern "C" {
+extern const Kernels normwise_kernels_portable;
+#ifdef NW_HAS_AVX2
+extern const Kernels normwise_kernels_avx2;
+#endif
+#ifdef NW_HAS_AVX512
+extern const Kernels normwise_kernels_avx512;
+#endif
+}
+
+namespace {
+
+// --- instruction sets ---------------------------------------------------------------------------------------------
+
+struct Offered {
+  const Kernels* kernels;
+  bool supported;
+};
+
+// What was built, the widest first, and whether this processor has it.
+template <class Visit>
+void each_offered(Visit visit) {
+#ifdef NW_HAS_AVX512
+  visit(Offered{&normwise_kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")});
+#endif
+#ifdef NW_HAS_AVX2
+  visit(Offered{&normwise_kernels_avx2,
+                __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")});
+#endif
+  visit(Offered{&normwise_kernels_portable, true});
+}
+
+const Kernels* widest() {
+  const Kernels* found = nullptr;
+  each_offered([&](Offered offered) {
+    if (!found && offered.supported) found = offered.kernels;
+  });
+  return found;
+}
+
+std::atomic<const Kernels*> active{nullptr};
+
+// --- threads ------------------------------------------------------------------------------------------------------
+
+using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+Parallel parallel = nullptr;        // libgomp's, which torch has loaded and whose threads it uses
+std::atomic<bool> forked{false};    // in a forked child the threads of the parent are gone
+
+struct Job {
+  std::atomic<int64_t> next{0};
+  int64_t items;
+  void (*body)(void*, int64_t);
+  void* context;
+};
+
+void work(void* data) {
+  Job& job = *static_cast<Job*>(data);
+  for (int64_t item; (item = job.next.fetch_add(1, std::memory_order_relaxed)) < job.items;) job.body(job.context, item);
+}
+
+void run(const Team& team, int64_t items, void (*body)(void*, int64_t), void* context) {
+  Job job;
+  job.items = items;
+  job.body = body;
+  job.context = context;
+  const int64_t threads = team.threads < items ? team.threads : items;
+  if (parallel && !forked.load(std::memory_order_relaxed))
+    parallel(work, &job, unsigned(threads), 0);
+  else
+    work(&job);
+}
+
+// --- Python -------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kSmall = 1 << 15;  // elements below which threads cost more than they give
+
+bool read_call(PyObject* given, Call* call) {
+  char* bytes;
+  Py_ssize_t size;
+  if (PyBytes_AsStringAndSize(given, &bytes, &size) < 0) return false;
+  if (size != Py_ssize_t(sizeof(Call))) {
+    PyErr_Format(PyExc_ValueError, "a call has %zd bytes, not %zd", sizeof(Call), size);
+    return false;
+  }
+  std::memcpy(call, bytes, sizeof(Call));
+  return true;
+}
+
+// The arguments after the call: addresses, 0 for none, and the number of threads.
+template <int kCount>
+bool read_numbers(PyObject* const* args, Py_ssize_t count, long long* numbers) {
+  if (count != kCount + 1) {
+    PyErr_Format(PyExc_TypeError, "takes %d arguments, not %zd", kCount + 1, count);
+    return false;
+  }
+  for (int i = 0; i < kCount; ++i) {
+    numbers[i] = PyLong_AsLongLong(args[i + 1]);
+    if (numbers[i] == -1 && PyErr_Occurred()) return false;
+  }
+  return true;
+}
+
+template <class E>
+E* at(long long address) {
+  return reinterpret_cast<E*>(static_cast<uintptr_t>(address));
+}
+
+Team team_for(const Call& call, long long threads) {
+  return {call.size() < kSmall ? 1 : int(threads), run};
+}
+
+PyObject* finished(bool ok) {
+  if (!ok) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Call call;
+  long long n[12];
+  if (!read_numbers<12>(args, count, n) || !read_call(args[0], &call)) return nullptr;
+  const Forward tensors = {at<void>(n[0]),       at<void>(n[1]),        at<void>(n[2]),          at<void>(n[3]),
+                           at<float>(n[4]),      at<float>(n[5]),       at<uint8_t>(n[6]),
+                           {at<double>(n[7]),    at<double>(n[8]),      at<double>(n[9]),        at<double>(n[10])}};
+  bool ok;
+  Py_BEGIN_ALLOW_THREADS;
+  ok = active.load()->forward(call, tensors, team_for(call, n[11]));
+  Py_END_ALLOW_THREADS;
+  return finished(ok);
+}
+
+PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Call call;
+  long long n[13];
+  if (!read_numbers<13>(args, count, n) || !read_call(args[0], &call)) return nullptr;
+  const Backward tensors = {at<void>(n[0]),    at<void>(n[1]),      at<void>(n[2]),  at<void>(n[3]),
+                            at<float>(n[4]),   at<float>(n[5]),     at<uint8_t>(n[6]),
+                            {at<double>(n[7]), at<double>(n[8]),    nullptr,         at<double>(n[9])},
+                            at<float>(n[10]),  at<float>(n[11])};
+  bool ok;
+  Py_BEGIN_ALLOW_THREADS;
+  ok = active.load()->backward(call, tensors, team_for(call, n[12]));
+  Py_END_ALLOW_THREADS;
+  return finished(ok);
+}
+
+PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(active.load()->name); }
+
+PyObject* instruction_sets(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  each_offered([&](Offered offered) {
+    PyObject* name = names && offered.supported ? PyUnicode_FromString(offered.kernels->name) : nullptr;
+    if (name) PyList_Append(names, name);
+    Py_XDECREF(name);
+  });
+  return names;
+}
+
+PyObject* use(PyObject*, PyObject* wanted) {
+  const Kernels* found = nullptr;
+  const char* name = PyUnicode_AsUTF8AndSize(wanted, nullptr);
+  if (!name) return nullptr;
+  each_offered([&](Offered offered) {
+    if (offered.supported && std::strcmp(offered.kernels->name, name) == 0) found = offered.kernels;
+  });
+  if (!found) return PyErr_Format(PyExc_ValueError, "no kernels for '%s' on this processor", name);
+  active.store(found);
+  Py_RETURN_NONE;
+}
+
+PyObject* threads(PyObject*, PyObject*) { return PyUnicode_FromString(parallel ? "libgomp" : "none"); }
+
+PyMethodDef methods[] = {
+    {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL, nullptr},
+    {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(backward)), METH_FASTCALL, nullptr},
+    {"instruction_set", instruction_set, METH_NOARGS, "The instruction set in use."},
+    {"instruction_sets", instruction_sets, METH_NOARGS, "Those that this processor has, the widest first."},
+    {"use", use, METH_O, "Use an instruction set, by name."},
+    {"threads", threads, METH_NOARGS, "Whose threads the kernels use, or 'none'."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__cpu() {
+  active.store(widest());
+#if !defined(_WIN32)
+  parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+#endif
+  return PyModule_Create(&definition);
+}

@@ -1,0 +1,456 @@
+// Columns whose samples lie in contiguous runs: KR (one run a column) and RKR (r0 runs of r1).
+//
+// One thread has a column. It measures, then applies; the second look at the data hits the cache.
+#pragma once
+
+#include "activations.h"
+#include "call.h"
+#include "column.h"
+#include "team.h"
+#include "vectors.h"
+
+namespace {
+
+enum Recovery { kConstant, kScale, kAffine };  // one weight and bias a run; a weight, or both, for each element
+
+constexpr int kChain = 16;                 // vectors that are summed as floats before they are added as doubles
+constexpr int64_t kShort = 128;            // columns of fewer elements are summed as doubles at once
+constexpr int64_t kItem = 16384;           // elements that are worth a thread's while
+constexpr int64_t kPrefetched = 1 << 18;   // bytes of a column that leave room in the cache for the next one
+
+// What the loops over one run read.
+struct RunWeights {
+  float slope, shift, constant;  // kConstant: y = (x - high) * slope + shift, and the weight in the slope
+  const float *weight, *bias;
+  int activation;
+};
+
+constexpr int64_t kBlock = 4 * kChain * kLanes;  // elements in four chains
+
+// Sums as floats; see column.h for when they are trusted.
+template <class T, bool kCenters>
+Sums fast_run_sums(const T* x, int64_t n, float shift) {
+  D sum_total = {}, square_total = {};
+  for (int64_t e = 0; e < n;) {
+    const int64_t last = n - e < kBlock ? n : e + kBlock;
+    F sum[4] = {}, square[4] = {};
+    const auto add = [&](int slot, F values) {
+      const F d = kCenters ? values - shift : values;
+      if (kCenters) sum[slot] += d;
+      square[slot] = fma(d, d, square[slot]);
+    };
+    for (; e + 4 * kLanes <= last; e += 4 * kLanes)
+      for (int slot = 0; slot < 4; ++slot) add(slot, load<F>(x + e + slot * kLanes));
+    for (; e + kLanes <= last; e += kLanes) add(0, load<F>(x + e));
+    if (e < last) add(1, load_part<F>(x + e, int(last - e), shift)), e = last;
+    sum_total += halves((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    square_total += halves((square[0] + square[1]) + (square[2] + square[3]));
+  }
+  return {total(sum_total), total(square_total), n};
+}
+
+// Sums as doubles, of what the mask lets count.
+template <class T, bool kMasked>
+Sums exact_run_sums(const T* x, int64_t n, double shift, const uint8_t* mask) {
+  D sum[2] = {}, square[2] = {};
+  const auto add = [&](int slot, H values, int64_t at, int size) {
+    D d = widen(values) - shift;
+    if constexpr (kMasked) d = keep(d, mask + at, size);
+    sum[slot] += d;
+    square[slot] = fma(d, d, square[slot]);
+  };
+  int64_t e = 0;
+  for (; e + 2 * kHalf <= n; e += 2 * kHalf)
+    for (int slot = 0; slot < 2; ++slot) add(slot, load<H>(x + e + slot * kHalf), e + slot * kHalf, kHalf);
+  for (; e + kHalf <= n; e += kHalf) add(0, load<H>(x + e), e, kHalf);
+  if (e < n) add(1, load_part<H>(x + e, int(n - e), float(shift)), e, int(n - e));
+  Sums sums{total(sum[0] + sum[1]), total(square[0] + square[1]), n};
+  if constexpr (kMasked) {
+    sums.count = 0;
+    for (int64_t i = 0; i < n; ++i) sums.count += mask[i] != 0;
+  }
+  return sums;
+}
+
+template <class T, int kRecovery, bool kMasked, int kAct>
+void run_apply(const T* x, T* y, int64_t n, const Line& line, const RunWeights& w, const uint8_t* mask, int64_t ahead) {
+  const float high = line.high, inverse = line.inverse, offset = line.offset;
+  const auto recovered = [&](F values, F weight, F bias) {
+    const F centred = values - high;
+    if constexpr (kRecovery == kConstant) return activate<kAct>(fma(centred, F{} + w.slope, F{} + w.shift), w.activation);
+    const F value = fma(centred, F{} + inverse, F{} + offset);
+    if constexpr (kRecovery == kScale) return activate<kAct>(value * weight, w.activation);
+    return activate<kAct>(fma(value, weight, bias), w.activation);
+  };
+  int64_t e = 0;
+  for (; e + kLanes <= n; e += kLanes) {
+    if (ahead) __builtin_prefetch(x + e + ahead);
+    F z = recovered(load<F>(x + e), kRecovery != kConstant ? load<F>(w.weight + e) : F{},
+                    kRecovery == kAffine ? load<F>(w.bias + e) : F{});
+    if constexpr (kMasked) z = keep(z, mask + e);
+    store(y + e, z);
+  }
+  if (e == n) return;
+  const int rest = int(n - e);
+  F z = recovered(load_part<F>(x + e, rest, high), kRecovery != kConstant ? load_part<F>(w.weight + e, rest, 0) : F{},
+                  kRecovery == kAffine ? load_part<F>(w.bias + e, rest, 0) : F{});
+  if constexpr (kMasked) z = keep(z, mask + e, rest);
+  store_part(y + e, z, rest);
+}
+
+struct GradientSums {
+  double d = 0, dv = 0;  // of d_value and of d_value * value; with kConstant, of d_y and of d_y * value
+
+  void operator+=(const GradientSums& other) {
+    d += other.d;
+    dv += other.dv;
+  }
+};
+
+// The recovered value's gradient, from y's.
+template <int kRecovery, int kAct>
+inline F through_activation(F d_y, F centred, F value, const RunWeights& w, F weight, F bias) {
+  if constexpr (kAct == kActNone) return d_y;
+  const F z = kRecovery == kConstant ? fma(centred, F{} + w.slope, F{} + w.shift)
+              : kRecovery == kScale  ? value * weight
+                                     : fma(value, weight, bias);
+  return d_y * activation_slope<kAct>(z, w.activation);
+}
+
+// Sums over one run; with a weight for each element, its gradient and the bias' are added to `d_weight` and `d_bias`.
+template <class T, int kRecovery, bool kMasked, int kAct>
+GradientSums run_gradient_sums(const T* x, const T* d_y, int64_t n, const Line& line, const RunWeights& w,
+                               const uint8_t* mask, float* d_weight, float* d_bias) {
+  const float high = line.high, inverse = line.inverse, offset = line.offset;
+  D d_total = {}, dv_total = {};
+  for (int64_t e = 0; e < n;) {
+    const int64_t last = n - e < kBlock ? n : e + kBlock;
+    F d_sum[2] = {}, dv_sum[2] = {};
+    const auto add = [&](int slot, int64_t at, int size) __attribute__((always_inline)) {
+      const auto read = [&](auto* from) { return size == kLanes ? load<F>(from + at) : load_part<F>(from + at, size, 0); };
+      F centred = (size == kLanes ? load<F>(x + at) : load_part<F>(x + at, size, high)) - high, d = read(d_y);
+      if constexpr (kMasked) centred = keep(centred, mask + at, size), d = keep(d, mask + at, size);
+      const F value = fma(centred, F{} + inverse, F{} + offset);
+      const F weight = kRecovery != kConstant ? read(w.weight) : F{}, bias = kRecovery == kAffine ? read(w.bias) : F{};
+      d = through_activation<kRecovery, kAct>(d, centred, value, w, weight, bias);
+      if constexpr (kRecovery != kConstant) {
+        const F d_w = fma(d, value, read(d_weight)), d_b = read(d_bias) + d;
+        size == kLanes ? store(d_weight + at, d_w) : store_part(d_weight + at, d_w, size);
+        size == kLanes ? store(d_bias + at, d_b) : store_part(d_bias + at, d_b, size);
+        d *= weight;
+      }
+      d_sum[slot] += d;
+      dv_sum[slot] = fma(d, value, dv_sum[slot]);
+    };
+    for (; e + 2 * kLanes <= last; e += 2 * kLanes) {
+      add(0, e, kLanes);
+      add(1, e + kLanes, kLanes);
+    }
+    for (; e + kLanes <= last; e += kLanes) add(0, e, kLanes);
+    if (e < last) add(1, e, int(last - e)), e = last;
+    d_total += halves(d_sum[0] + d_sum[1]);
+    dv_total += halves(dv_sum[0] + dv_sum[1]);
+  }
+  return {total(d_total), total(dv_total)};
+}
+
+template <class T, int kRecovery, bool kMasked, int kAct>
+void run_gradient(const T* x, const T* d_y, const T* d_sum, T* d_x, int64_t n, const Line& line, const RunWeights& w,
+                  const Descent& descent, const uint8_t* mask, int64_t ahead) {
+  const auto one = [&](F values, F d, F weight, F bias, const uint8_t* valid, int size) {
+    const F centred = values - line.high;
+    if constexpr (kAct != kActNone) {
+      const F value = fma(centred, F{} + line.inverse, F{} + line.offset);
+      d = through_activation<kRecovery, kAct>(d, centred, value, w, weight, bias);
+    }
+    const F rest = fma(centred, F{} + descent.along, F{} + descent.level);
+    F gradient = ((kRecovery == kConstant ? d * w.constant : d * weight) + rest) * line.inverse;
+    if constexpr (kMasked) gradient = keep(gradient, valid, size);
+    return gradient;
+  };
+  int64_t e = 0;
+  for (; e + kLanes <= n; e += kLanes) {
+    if (ahead) __builtin_prefetch(x + e + ahead), __builtin_prefetch(d_y + e + ahead);
+    F gradient = one(load<F>(x + e), load<F>(d_y + e), kRecovery != kConstant ? load<F>(w.weight + e) : F{},
+                     kRecovery == kAffine ? load<F>(w.bias + e) : F{}, kMasked ? mask + e : nullptr, kLanes);
+    if (d_sum) gradient += load<F>(d_sum + e);
+    store(d_x + e, gradient);
+  }
+  if (e == n) return;
+  const int rest = int(n - e);
+  F gradient = one(load_part<F>(x + e, rest, line.high), load_part<F>(d_y + e, rest, 0),
+                   kRecovery != kConstant ? load_part<F>(w.weight + e, rest, 0) : F{},
+                   kRecovery == kAffine ? load_part<F>(w.bias + e, rest, 0) : F{}, kMasked ? mask + e : nullptr, rest);
+  if (d_sum) gradient += load_part<F>(d_sum + e, rest, 0);
+  store_part(d_x + e, gradient, rest);
+}
+
+template <class T>
+void add(const T* x, const T* residual, T* sum, int64_t n) {
+  int64_t e = 0;
+  for (; e + kLanes <= n; e += kLanes) store(sum + e, load<F>(x + e) + load<F>(residual + e));
+  const int rest = int(n - e);
+  if (rest) store_part(sum + e, load_part<F>(x + e, rest, 0) + load_part<F>(residual + e, rest, 0), rest);
+}
+
+// The loops over one run, for one recovery, mask and activation; the rest is compiled once for each dtype.
+template <class T>
+struct RunLoops {
+  bool masked;  // whether the mask has a byte for each element of a run
+  bool by_element;
+  Sums (*fast_sums)(const T*, int64_t, float);
+  Sums (*exact_sums)(const T*, int64_t, double, const uint8_t*);
+  void (*apply)(const T*, T*, int64_t, const Line&, const RunWeights&, const uint8_t*, int64_t);
+  GradientSums (*gradient_sums)(const T*, const T*, int64_t, const Line&, const RunWeights&, const uint8_t*, float*, float*);
+  void (*gradient)(const T*, const T*, const T*, T*, int64_t, const Line&, const RunWeights&, const Descent&, const uint8_t*,
+                   int64_t);
+};
+
+template <class T, int kRecovery, bool kMasked, int kAct>
+RunLoops<T> run_loops(bool centers) {
+  return {kMasked,
+          kRecovery != kConstant,
+          centers ? fast_run_sums<T, true> : fast_run_sums<T, false>,
+          exact_run_sums<T, kMasked>,
+          run_apply<T, kRecovery, kMasked, kAct>,
+          run_gradient_sums<T, kRecovery, kMasked, kAct>,
+          run_gradient<T, kRecovery, kMasked, kAct>};
+}
+
+// Where the runs of one column are, and what is read beside them.
+template <class T>
+struct RunsOf {
+  const Call& call;
+  int64_t a, k;
+
+  int64_t at(int64_t r) const { return ((a * call.r0 + r) * call.k1 + k) * call.r1; }
+  // A run that one byte of the mask leaves out.
+  bool is_out(const uint8_t* mask, int64_t r) const {
+    return mask && !call.mask_r1 && !mask[call.mask_at(a, r, k, 0)];
+  }
+  const uint8_t* mask_of(const uint8_t* mask, int64_t r) const { return mask + call.mask_at(a, r, k, 0); }
+
+  // The first element that counts; 0 if none does.
+  double shift(const T* x, const uint8_t* mask) const {
+    if (!mask) return to_float(x[at(0)]);
+    for (int64_t r = 0; r < call.r0; ++r)
+      for (int64_t s = 0; s < call.r1; ++s)
+        if (mask[call.mask_at(a, r, k, s)]) return to_float(x[at(r) + s]);
+    return 0;
+  }
+
+  // Sums as doubles, one element after another.
+  Sums exact_sums(const T* x, const uint8_t* mask, double shift) const {
+    Sums sums;
+    for (int64_t r = 0; r < call.r0; ++r)
+      for (int64_t s = 0; s < call.r1; ++s) {
+        if (mask && !mask[call.mask_at(a, r, k, s)]) continue;
+        const double d = double(to_float(x[at(r) + s])) - shift;
+        sums += {d, d * d, 1};
+      }
+    return sums;
+  }
+};
+
+inline RunWeights weights_of(const Call& call, const float* weight, const float* bias, int64_t index, const Line& line) {
+  if (call.weight_r1 && weight) return {0, 0, 0, weight + index, bias ? bias + index : nullptr, call.activation};
+  const float w = weight ? weight[index] : 1, b = bias ? bias[index] : 0;
+  return {line.slope(w), line.shift(w, b), w, nullptr, nullptr, call.activation};
+}
+
+// A number near the mean: that of the first elements, or the first one where there are few.
+template <class T>
+float guess(const T* x, int64_t n) {
+  if (n < kGuessed) return to_float(*x);
+  F sum = {};
+  for (int64_t e = 0; e < kGuessed; e += kLanes) sum += load<F>(x + e);
+  return float(total(sum) / kGuessed);
+}
+
+template <class T>
+Line measure_runs(const Call& call, const Forward& t, const T* x, const RunsOf<T>& column, const RunLoops<T>& loops) {
+  const bool centers = call.normalizer == kStandardize;
+  const int64_t place = column.a * call.k1 + column.k;
+  if (!t.mask && call.r0 * call.r1 >= kShort) {
+    const float shift = centers ? guess(x + column.at(0), call.r1) : 0;
+    Sums sums;
+    for (int64_t r = 0; r < call.r0; ++r) sums += loops.fast_sums(x + column.at(r), call.r1, shift);
+    if (trusted(sums, centers)) return measured(call, sums, shift, t.statistics, place);
+  }
+  const double shift = centers ? column.shift(x, t.mask) : 0;
+  Sums sums;
+  for (int64_t r = 0; r < call.r0; ++r) {
+    if (column.is_out(t.mask, r)) continue;
+    sums += loops.exact_sums(x + column.at(r), call.r1, shift, loops.masked ? column.mask_of(t.mask, r) : nullptr);
+  }
+  return measured(call, sums, shift, t.statistics, place);
+}
+
+// How far ahead the next column's data lie, if they are to be fetched while this one's are written.
+template <class T>
+int64_t next_column(const Call& call) {
+  return call.r0 * call.r1 * int64_t(sizeof(T)) <= kPrefetched && call.size() * int64_t(sizeof(T)) > (1 << 20) ? call.r1 : 0;
+}
+
+template <class T>
+bool runs_forward(const Call& call, const Forward& t, const Team& team, const RunLoops<T>& loops) {
+  const int64_t columns = call.columns(), together = 1 + kItem / (call.r0 * call.r1);
+  const int64_t ahead = next_column<T>(call);
+  each(team, divided_up(columns, together), [&](int64_t item) {
+    const int64_t last = columns < (item + 1) * together ? columns : (item + 1) * together;
+    for (int64_t c = item * together; c < last; ++c) {
+      const RunsOf<T> column{call, call.k1 == 1 ? c : c / call.k1, call.k1 == 1 ? 0 : c % call.k1};
+      const T* x = static_cast<const T*>(t.x);
+      if (t.residual) {
+        for (int64_t r = 0; r < call.r0; ++r) {
+          const int64_t at = column.at(r);
+          add(x + at, static_cast<const T*>(t.residual) + at, static_cast<T*>(t.sum) + at, call.r1);
+        }
+        x = static_cast<const T*>(t.sum);
+      }
+      const Line line = call.measured ? measure_runs(call, t, x, column, loops) : remembered(t.statistics, c);
+      if (!line.fits) {
+        column_forward<T>(call, t, x, column.a, column.k, line);
+        continue;
+      }
+      for (int64_t r = 0; r < call.r0; ++r) {
+        T* y = static_cast<T*>(t.y) + column.at(r);
+        if (column.is_out(t.mask, r)) {
+          std::memset(y, 0, call.r1 * sizeof(T));
+          continue;
+        }
+        const RunWeights w = weights_of(call, t.weight, t.bias, call.weight_at(column.a, r, column.k, 0), line);
+        const uint8_t* mask = loops.masked ? column.mask_of(t.mask, r) : nullptr;
+        loops.apply(x + column.at(r), y, call.r1, line, w, mask, ahead);
+      }
+    }
+  });
+  return true;
+}
+
+// The gradients of the parameters while they are summed.
+struct ParameterSums {
+  float *d_weight, *d_bias;  // with a weight for each element: of one block of columns
+  double *run_d, *run_dv;    // with one a run: a place for each run, or for each column if all of its runs share one
+};
+
+template <class T>
+void column_gradient(const Call& call, const Backward& t, int64_t c, const ParameterSums& parameters, int64_t ahead,
+                     const RunLoops<T>& loops) {
+  const RunsOf<T> column{call, call.k1 == 1 ? c : c / call.k1, call.k1 == 1 ? 0 : c % call.k1};
+  const T *x = static_cast<const T*>(t.x), *d_y = static_cast<const T*>(t.d_y), *d_sum = static_cast<const T*>(t.d_sum);
+  const Line line = remembered(t.statistics, c);
+  const bool by_run = !loops.by_element && call.weight_r0 != 0;
+  double d = 0, dv = 0;
+  GradientSums sums;
+  for (int64_t r = 0; r < call.r0; ++r) {
+    const int64_t at = column.at(r), index = call.weight_at(column.a, r, column.k, 0);
+    if (!column.is_out(t.mask, r)) {
+      const RunWeights w = weights_of(call, t.weight, t.bias, index, line);
+      const uint8_t* mask = loops.masked ? column.mask_of(t.mask, r) : nullptr;
+      float *d_weight = parameters.d_weight, *d_bias = parameters.d_bias;
+      if (loops.by_element) d_weight += index, d_bias += index;
+      sums += loops.gradient_sums(x + at, d_y + at, call.r1, line, w, mask, d_weight, d_bias);
+    }
+    if (by_run || r + 1 == call.r0) {
+      const GradientSums found = sums;
+      sums = GradientSums();
+      const double weight = !loops.by_element && t.weight ? t.weight[index] : 1;
+      d += found.d * weight;
+      dv += found.dv * weight;
+      if (!loops.by_element) {
+        const int64_t place = by_run ? (column.a * call.r0 + r) * call.k1 + column.k : c;
+        parameters.run_d[place] = found.d;
+        parameters.run_dv[place] = found.dv;
+      }
+    }
+  }
+  if (!t.d_x) return;
+  const double count = count_of(call, t.statistics, c), n = divisor(call, count);
+  if (!line.fits) {
+    column_backward<T>(call, t, column.a, column.k, line, n);
+    return;
+  }
+  const bool centers = call.normalizer == kStandardize;
+  const Descent descent(line, call.measured && centers ? d / n : 0, call.measured ? dv / n : 0);
+  for (int64_t r = 0; r < call.r0; ++r) {
+    const int64_t at = column.at(r);
+    T* d_x = static_cast<T*>(t.d_x) + at;
+    if (column.is_out(t.mask, r)) {
+      if (d_sum)
+        std::memcpy(d_x, d_sum + at, call.r1 * sizeof(T));
+      else
+        std::memset(d_x, 0, call.r1 * sizeof(T));
+      continue;
+    }
+    const RunWeights w = weights_of(call, t.weight, t.bias, call.weight_at(column.a, r, column.k, 0), line);
+    const uint8_t* mask = loops.masked ? column.mask_of(t.mask, r) : nullptr;
+    loops.gradient(x + at, d_y + at, d_sum ? d_sum + at : nullptr, d_x, call.r1, line, w,
+                                                     descent, mask, ahead);
+  }
+}
+
+// A weight for each element: blocks of columns are summed as floats, and the blocks, in order, as doubles.
+template <class T>
+bool runs_backward_by_element(const Call& call, const Backward& t, const Team& team, const RunLoops<T>& loops) {
+  const int64_t columns = call.columns(), size = call.weight_size;
+  const int64_t block = columns >= 4096 ? 128 : columns >= 64 ? 32 : 4, blocks = divided_up(columns, block);
+  Scratch<float> partial(2 * blocks * size);
+  if (!partial.data) return false;
+  const int64_t ahead = next_column<T>(call);
+  each(team, blocks, [&](int64_t item) {
+    float* own = partial.data + 2 * item * size;
+    std::memset(own, 0, 2 * size * sizeof(float));
+    const int64_t last = columns < (item + 1) * block ? columns : (item + 1) * block;
+    for (int64_t c = item * block; c < last; ++c)
+      column_gradient(call, t, c, {own, own + size, nullptr, nullptr}, ahead, loops);
+  });
+  if (!t.d_weight) return true;
+  constexpr int64_t kSlice = 256;
+  each(team, divided_up(size, kSlice), [&](int64_t slice) {
+    const int64_t first = slice * kSlice, width = size - first < kSlice ? size - first : kSlice;
+    for (int kind = 0; kind < (t.d_bias ? 2 : 1); ++kind) {
+      double sums[kSlice] = {};
+      for (int64_t item = 0; item < blocks; ++item)
+        for (int64_t e = 0; e < width; ++e) sums[e] += partial.data[(2 * item + kind) * size + first + e];
+      float* out = (kind ? t.d_bias : t.d_weight) + first;
+      for (int64_t e = 0; e < width; ++e) out[e] = float(sums[e]);
+    }
+  });
+  return true;
+}
+
+// One weight a run or a column: sums of runs are kept, and those of one weight added in order.
+template <class T>
+bool runs_backward_by_run(const Call& call, const Backward& t, const Team& team, const RunLoops<T>& loops) {
+  const int64_t columns = call.columns(), rows = call.weight_r0 ? call.r0 : 1;
+  Scratch<double> d(columns * rows), dv(columns * rows), sums(2 * call.weight_size);
+  if (!d.data || !dv.data || !sums.data) return false;
+  const int64_t together = 1 + kItem / (call.r0 * call.r1), ahead = next_column<T>(call);
+  each(team, divided_up(columns, together), [&](int64_t item) {
+    const int64_t last = columns < (item + 1) * together ? columns : (item + 1) * together;
+    for (int64_t c = item * together; c < last; ++c)
+      column_gradient(call, t, c, {nullptr, nullptr, d.data, dv.data}, ahead, loops);
+  });
+  if (!t.d_weight && !t.d_bias) return true;
+  std::memset(sums.data, 0, 2 * call.weight_size * sizeof(double));
+  for (int64_t a = 0; a < call.k0; ++a)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t k = 0; k < call.k1; ++k) {
+        const int64_t index = call.weight_at(a, r, k, 0), place = (a * rows + r) * call.k1 + k;
+        sums.data[index] += dv.data[place];
+        sums.data[call.weight_size + index] += d.data[place];
+      }
+  for (int64_t e = 0; e < call.weight_size; ++e) {
+    if (t.d_weight) t.d_weight[e] = float(sums.data[e]);
+    if (t.d_bias) t.d_bias[e] = float(sums.data[call.weight_size + e]);
+  }
+  return true;
+}
+
+template <class T>
+bool runs_backward(const Call& call, const Backward& t, const Team& team, const RunLoops<T>& loops) {
+  return loops.by_element ? runs_backward_by_element(call, t, team, loops) : runs_backward_by_run(call, t, team, loops);
+}
+
+}  // namespace
