@@ -39,7 +39,8 @@ PYTHON_TAG = "cp311-abi3"  # the oldest Python that has what module.cpp uses
 
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
-    *("-O3", "-ffp-contract=off", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
+    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
+    "-ffp-contract=off",  # a product and a sum are one operation where the source says so, and nowhere else
     "-fno-exceptions",  # what unwinds them asks for a new glibc
 )
 INSTRUCTION_SETS = {

@@ -9,20 +9,21 @@ dispatch.
 from __future__ import annotations
 
 import warnings
+from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from normwise.errors import NonFiniteError, NormwiseError, RecomputeError
+from normwise.errors import NonFiniteError
+from normwise.kernels.backends import extension
 from normwise.memory import Memory
 from normwise.moments import STATISTICS, Moments, merge
 from normwise.plan import Over, Plan, averaged, gather
 from normwise.sums import column_sum
 from normwise.transforms import being_traced, recomputing
-
-_SLACK = 1e-4  # how far a compiler's recomputation of a batch's sums may be from the first, which it summed otherwise
 
 
 class Store(NamedTuple):
@@ -109,7 +110,7 @@ def commit(
     """
     if memory.update_rate is None and store.batches is None:
         raise ValueError(f"{memory} needs to know the number of batches, and nobody counts them")
-    if _becomes_onnx():
+    if becomes_onnx():
         return
     run = _operator if being_traced() else _commit
     run(
@@ -130,7 +131,98 @@ def commit(
     )
 
 
-def _becomes_onnx() -> bool:
+def commit_columns(
+    memory: Memory, remembers: tuple[str, ...], store: Store, statistics: array[float], samples: int, *, least: int
+) -> bool:
+    """`commit` for the commonest batch, compiled: what it brings is finite, and has a place for each column in order.
+
+    The values are those of `commit`, bit for bit.
+
+    Args:
+        memory: As in `commit`.
+        remembers: As in `commit`.
+        store: As in `commit`.
+        statistics: Three rows of numbers, one for each column: anything; the mean; m2.
+        samples: How many a column has.
+        least: As in `commit`.
+
+    Returns:
+        Whether the batch is done with; if not, nothing was touched, and the rest is up to `commit`.
+    """
+    if recomputing():
+        return True
+    if samples < least or store.pool or store.samples is not None:
+        return False
+    columns, batches, rate = len(statistics) // 3, store.batches, memory.update_rate
+    is_counted = rate is not None if batches is None else _counts_plainly(batches)
+    if not is_counted or not _lie_plainly(store.statistics, columns):
+        return False
+    *mean, spread = store.statistics
+    first, row = statistics.buffer_info()[0], columns * statistics.itemsize
+    enters: bool = extension.commit(  # type: ignore[union-attr]  # whoever has measured with it has seen it there
+        first + row,
+        first + 2 * row,
+        mean[0].data_ptr() if mean else 0,
+        spread.data_ptr(),
+        0 if batches is None else batches.data_ptr(),
+        columns,
+        samples - is_unbiased(memory, remembers),
+        -1.0 if rate is None else rate,
+    )
+    if enters:
+        increment_version(store.statistics if batches is None else (*store.statistics, batches))
+    return enters
+
+
+def _counts_plainly(batches: Tensor) -> bool:
+    """Whether compiled code may count batches here."""
+    return (
+        type(batches) is Tensor
+        and batches.is_cpu
+        and batches.dtype is torch.long
+        and batches.numel() == 1
+        and not batches.is_inference()
+    )
+
+
+def recall_columns(remembered: tuple[Tensor, ...], statistics: array[float], eps: float) -> bool:
+    """Remembered statistics as a kernel takes them: three rows of inverse, mean and variance or mean square.
+
+    Returns:
+        Whether they could be read; if not, nothing was written.
+    """
+    if not _lie_plainly(remembered, len(statistics) // 3):
+        return False
+    *mean, spread = remembered
+    if spread.requires_grad or (mean and mean[0].requires_grad):
+        return False
+    extension.recall(  # type: ignore[union-attr]  # whoever has made room has seen it there
+        mean[0].data_ptr() if mean else 0,
+        spread.data_ptr(),
+        statistics.buffer_info()[0],
+        len(statistics) // 3,
+        eps,
+    )
+    return True
+
+
+def _lie_plainly(statistics: Sequence[Tensor], columns: int) -> bool:
+    """Whether compiled code may read and write remembered statistics: a float32 for each column, side by side."""
+    for statistic in statistics:
+        if not (
+            type(statistic) is Tensor
+            and statistic.is_cpu
+            and statistic.dtype is torch.float32
+            and statistic.numel() == columns
+            and statistic.is_contiguous()
+            and not statistic.is_inference()
+            and not statistic.is_neg()
+        ):
+            return False
+    return True
+
+
+def becomes_onnx() -> bool:
     """Whether the call is traced for an ONNX graph, which has no state that a batch could enter."""
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
@@ -168,17 +260,17 @@ def _commit(
     if samples is not None:
         samples.zero_()
         count = entered.count * entered.columns
-        _corner(samples, count).copy_(count)
+        corner(samples, count).copy_(count)
     if pool:
         enters = _admitted(entered, (entered.mean, entered.m2), enters, nonfinite, skips, owner)
         entered, full = _pool(pool, entered, enters, window, joins=joins, unbiased=unbiased)
         enters = full & (entered.count >= least)
-    counter = None if batches is None else _corner(batches, enters)
+    counter = None if batches is None else corner(batches, enters)
     names = remembers.split(",")
     new = [STATISTICS[name](entered.moments, unbiased=unbiased).to(statistics[0].dtype) for name in names]
     enters = _admitted(entered, new, enters, nonfinite, skips, owner)
     for old, entering in zip(statistics, new, strict=True):
-        old = _corner(old, enters)
+        old = corner(old, enters)
         rate = update_rate if counter is None or update_rate is not None else (counter + 1).to(old.dtype).reciprocal()
         blended = old * (1 - rate) + entering * rate  # type: ignore[operator]  # commit() saw that there is a rate
         old.copy_(torch.where(enters, blended, old))
@@ -205,98 +297,16 @@ def _commit_fakely(*args: object) -> None:
 def _commit_one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[None, None]:
     """A mapped commit: the examples enter in order, as they would in a loop."""
     for example in range(info.batch_size):
-        _operator(*(_example(arg, dim, example) for arg, dim in zip(args, in_dims, strict=True)))
+        _operator(*(example_of(arg, dim, example) for arg, dim in zip(args, in_dims, strict=True)))
     return None, None
 
 
-def _example(arg: Any, dim: Any, example: int) -> Any:
+def example_of(arg: Any, dim: Any, example: int) -> Any:
     """One example of a mapped argument; a buffer that is mapped as well is an ensemble's, and its part is a view."""
     if isinstance(arg, (list, tuple)):
         dims = [None] * len(arg) if dim is None else dim
-        return [_example(x, d, example) for x, d in zip(arg, dims, strict=True)]
+        return [example_of(x, d, example) for x, d in zip(arg, dims, strict=True)]
     return arg if dim is None else arg.select(dim, example)
-
-
-def recall(store: Store, batch: Tensor, owner: object, *, enters: bool) -> Store:
-    """The memory as a batch in training sees it, which is as it saw it the first time if it is computed again.
-
-    Args:
-        store: The buffers.
-        batch: A number or more that tells this batch from another, over the memory's axes.
-        owner: Whose memory it is, for the error.
-        enters: Whether the batch then enters the memory, so that a mapped call cannot be a loop's.
-
-    Raises:
-        RecomputeError: a checkpointed forward is computed again after another batch has been seen.
-        NormwiseError: the call is mapped, and would have to read between one example's entry and the next.
-    """
-    if _becomes_onnx():
-        return store
-    remembered = [*store.statistics, *(() if store.batches is None else (store.batches,))]
-    seen = (*store.seen[: 1 + len(remembered)], store.seen[-1])
-    run = _see_operator if being_traced() else _see
-    slack = _SLACK if torch.compiler.is_compiling() else 0.0
-    run(remembered, seen, batch, slack, enters, str(owner) if being_traced() else owner)
-    first_seen = [kept.clone() for kept in seen[1:-1]]
-    statistics = tuple(first_seen[: len(store.statistics)])
-    return store._replace(statistics=statistics, batches=None if store.batches is None else first_seen[-1])
-
-
-@torch.no_grad()
-def _see(
-    memory: Sequence[Tensor], seen: Sequence[Tensor], batch: Tensor, slack: float, enters: bool, owner: object
-) -> None:
-    """Take down the memory as a batch finds it; if the batch is computed again, leave what was taken down."""
-    last, *snapshot, waiting = seen
-    last = _corner(last, batch)
-    same = _same(last, batch, slack)
-    if not recomputing():
-        moved = torch.stack([(kept != now).any() for kept, now in zip(snapshot, memory, strict=True)]).any()
-        waiting.copy_(torch.where(same & moved & (waiting > 0), 2, 1))  # 2: which of two it is would not be known
-        last.copy_(batch)
-        for kept, now in zip(snapshot, memory, strict=True):
-            kept.copy_(now)
-    elif same and waiting < 2:
-        waiting.zero_()
-    else:
-        raise RecomputeError(
-            f"{owner}: a checkpointed forward is computed again, but its memory has seen another batch since: this "
-            "layer reads its memory in training, so run each backward before the next forward, or do not checkpoint it"
-        )
-
-
-def _same(a: Tensor, b: Tensor, slack: float) -> Tensor:
-    """Whether two batches have the same sums; `slack` is relative to the largest, and 0 asks for the same bits."""
-    close = (a == b) | (a.isnan() & b.isnan())
-    if slack and b.numel():
-        close = close | ((a - b).abs() <= slack * b.abs().amax())
-    return close.all()
-
-
-_see_operator = torch.library.custom_op(
-    "normwise::see",
-    _see,
-    mutates_args=("seen",),
-    schema="(Tensor[] memory, Tensor(a!)[] seen, Tensor batch, float slack, bool enters, str owner) -> ()",
-)
-
-
-@_see_operator.register_fake
-def _see_fakely(*args: object) -> None:
-    return None
-
-
-@_see_operator.register_vmap
-def _see_one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[None, None]:
-    *_, enters, owner = args
-    if enters:
-        raise NormwiseError(
-            f"{owner}: in a loop each example would read the memory after the one before has entered it, which a "
-            "mapped call cannot: use a loop, or evaluation mode"
-        )
-    for example in range(info.batch_size):
-        _see_operator(*(_example(arg, dim, example) for arg, dim in zip(args, in_dims, strict=True)))
-    return None, None
 
 
 def _pool(
@@ -304,7 +314,7 @@ def _pool(
 ) -> tuple[Entry, Tensor]:
     """Join a batch to the pool; what is there, and whether it enters the memory now, in which case it is emptied."""
     calls, *held = pool
-    parts = Entry(*(_corner(buffer, enters) for buffer in held))
+    parts = Entry(*(corner(buffer, enters) for buffer in held))
     present = Entry(*(torch.where(enters, x, torch.zeros_like(x)) for x in batch))
     for part, joined in zip(parts, _joined(parts, present, joins=joins, unbiased=unbiased), strict=True):
         part.copy_(joined)
@@ -368,7 +378,7 @@ def _report(batch: Entry, finite: Tensor, nonfinite: str, skips: Tensor | None, 
         warnings.warn(f"{message}: it does not enter the memory{counted}", stacklevel=2)
 
 
-def _corner(buffer: Tensor, like: Tensor) -> Tensor:
+def corner(buffer: Tensor, like: Tensor) -> Tensor:
     """The part of a buffer that a shorter batch covers."""
     for dim, size in enumerate(buffer.shape):
         if size > like.shape[dim]:

@@ -9,14 +9,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from normwise.kernels.backends import extension, requested
+from normwise.kernels.choose import Choice, choose, plainly, readable
+from normwise.kernels.reference import Use
+from normwise.memory import falls_back
 from normwise.plan import Over, Plan, make_plan, memory_word, over_shape
 from normwise.spec import NormSpec
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The four steps for one shape. `str()` is for a terminal, `to_dict()` for programs; sizes are in elements."""
+    """The four steps for one shape. `str()` is for a terminal, `to_dict()` for programs; sizes are in elements.
+
+    `kernel` and `reason` are those of training, the other two those of evaluation, or of a frozen layer; without a
+    memory they are the same. All are of plain calls: under `torch.compile` and function transforms a layer dissolves
+    into torch's operations, whatever they say.
+    """
 
     pattern: str
     shape: tuple[int, ...]
@@ -34,6 +44,8 @@ class Explanation:
     word: str
     kernel: str
     reason: str
+    evaluation_kernel: str
+    evaluation_reason: str
     bytes_moved: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,7 +64,9 @@ class Explanation:
             f"4 output     {self.shape}, {self.dtype}, in the input's memory format",
             f"memory word  {self.word or 'a single element'} (K kept, R normalized over, outermost in memory first)",
             f"kernel       {self.kernel}: {self.reason}",
-            f"traffic      at least {_megabytes(self.bytes_moved)}: the input read once, the output written once",
+            *self._evaluation_lines(),
+            "             under torch.compile: plain torch operations, fused with those before and after",
+            f"traffic      at least {readable(self.bytes_moved)}: the input read once, the output written once",
         ]
         return "\n".join(lines)
 
@@ -65,11 +79,20 @@ class Explanation:
             return ["             remembers nothing: evaluation uses the batch's statistics, as training does"]
         return [f"             remembers{_shapes(self.remembered, '')}: {self.memory}"]
 
+    def _evaluation_lines(self) -> list[str]:
+        if (self.evaluation_kernel, self.evaluation_reason) == (self.kernel, self.reason):
+            return []
+        return [f"             in evaluation {self.evaluation_kernel}: {self.evaluation_reason}"]
+
 
 def explain(spec: NormSpec, shape: Sequence[int] | Tensor) -> Explanation:
-    """Explain a declaration on a shape, or on a tensor with its own dtype and strides."""
+    """Explain a declaration on a shape, or on a tensor with its own dtype, strides and device.
+
+    A shape is that of a contiguous float32 tensor on the CPU; so is a tensor on "meta", which has no data, on the CPU.
+    """
     tensor = shape if isinstance(shape, Tensor) else torch.empty(tuple(shape), device="meta", dtype=torch.float32)
     plan = make_plan(spec.pattern, tuple(tensor.shape), spec.call_sizes)
+    training, evaluation = (_choice(spec, plan, tensor, use) for use in _uses(spec, plan))
     return Explanation(
         pattern=spec.text,
         shape=plan.shape,
@@ -85,9 +108,43 @@ def explain(spec: NormSpec, shape: Sequence[int] | Tensor) -> Explanation:
         activation=spec.activation,
         parameters={} if spec.recovery is None else _over(tuple(spec.recovery.parameters), spec.parameter_over, plan),
         word=memory_word(plan, tensor.stride()),
-        kernel="reference",
-        reason="plain torch operations, differentiated in closed form; torch.compile fuses them",
+        kernel=training.kernel,
+        reason=training.reason,
+        evaluation_kernel=evaluation.kernel,
+        evaluation_reason=evaluation.reason,
         bytes_moved=2 * math.prod(plan.shape) * tensor.element_size(),
+    )
+
+
+def _uses(spec: NormSpec, plan: Plan) -> tuple[Use | None, Use | None]:
+    """What remembered statistics are for in training and in evaluation."""
+    memory = spec.memory
+    if memory is None:
+        return None, None
+    least = 2 if spec.normalizer.needs_two else 1
+    if not memory.updates or (falls_back(memory) and plan.rows < least):
+        return "instead", "instead"
+    return None if memory.renorm is None else "correct", "instead"
+
+
+def _choice(spec: NormSpec, plan: Plan, x: Tensor, use: Use | None) -> Choice:
+    """What computes a plain call with this input."""
+    if type(x) not in (Tensor, Parameter):
+        return plainly(f"no kernel knows the tensor class {type(x).__name__}")
+    if x.numel() == 0:
+        return plainly("there is nothing to compute")
+    device = "cpu" if x.is_meta else x.device.type
+    return choose(
+        plan,
+        x.stride(),
+        x.dtype,
+        device,
+        spec.normalizer,
+        spec.recovery,
+        spec.parameter_over,
+        use,
+        request=requested(),
+        available=extension is not None,
     )
 
 
@@ -107,10 +164,3 @@ def _axes(axes: tuple[tuple[str, int], ...]) -> str:
 
 def _shapes(shapes: dict[str, tuple[int, ...]], before: str) -> str:
     return f"{before} {', '.join(f'{name} {shape}' for name, shape in shapes.items())}" if shapes else ""
-
-
-def _megabytes(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"

@@ -16,6 +16,8 @@ from normwise.transforms import being_traced
 _LARGE = {torch.float32: 1e14, torch.float64: 1e145}
 _SHRINK = {torch.float32: 2.0**-80, torch.float64: 2.0**-600}
 _SMALL = {dtype: 1 / large for dtype, large in _LARGE.items()}
+# Before the magnitude of a column is known its elements times this are summed, which stays finite.
+_PEEK = 2.0**-40
 
 
 class Moments(NamedTuple):
@@ -76,14 +78,13 @@ STATISTICS: dict[str, Statistic] = {"mean": _mean, "var": _var, "mean_square": _
 class Centered(NamedTuple):
     """A column minus its mean, multiplied by `scale` (a power of two; None: 1), and how it was made.
 
-    values = ((x * scale - shift) - mean) - rest.
+    values = x * scale - offset - offset ..., one after another: their sum would have lost what makes them right.
     """
 
     values: Tensor
     scale: Tensor | None
-    shift: Tensor
-    mean: Tensor  # of what is left after the shift
-    rest: Tensor  # the mean that rounding left behind
+    offsets: tuple[Tensor, ...]
+    squares: Tensor  # the sum of squares of the values, below 0 at most by rounding
 
     @property
     def column_mean(self) -> Tensor:
@@ -91,8 +92,10 @@ class Centered(NamedTuple):
 
         A memory may merge it with others, and a large mean that is rounded to float32 would cost them their variance.
         """
-        dtype = self.shift.dtype if self.shift.device.type == "mps" else torch.float64
-        mean = self.shift.to(dtype) + (self.mean + self.rest)
+        first, *others = self.offsets
+        mean = first.to(first.dtype if first.device.type == "mps" else torch.float64)
+        for offset in others:
+            mean = mean + offset
         return mean if self.scale is None else mean / self.scale
 
 
@@ -102,8 +105,8 @@ def center(x: Tensor, dims: tuple[int, ...], valid: Tensor | None = None, *, enl
     Scale, shift, subtract the mean, subtract the mean of what is left.
 
     Shifting by an element of the column makes a constant column exactly 0 and takes a common offset away before
-    anything is summed; the second mean takes away what rounding left of the first. Both are constants to autograd: the
-    result does not depend on the shift, and a centred column has mean 0 at every order.
+    anything is summed; the second mean takes away what rounding left of the first. A centred column does not depend on
+    constants that are subtracted before its mean, so all but one of these are constants to autograd, at every order.
 
     Args:
         x: Where `valid` is False it must be finite, and 0 to be left out of `magnitude_scale`.
@@ -111,17 +114,46 @@ def center(x: Tensor, dims: tuple[int, ...], valid: Tensor | None = None, *, enl
         valid: What counts, a mask that broadcasts against `x`; elsewhere the values are 0. None: everything.
         enlarge: Whether columns of tiny magnitudes are scaled as well.
     """
-    scale = magnitude_scale(x, dims, enlarge=enlarge)
-    scaled = x if scale is None else x * scale
-    shift = _anchor(scaled.detach(), dims, valid)
     count = sample_count(x.shape, dims, valid)
     if isinstance(count, Tensor):
         count = count.clamp_min(1)
+    if being_traced() and valid is None:  # a mask may leave few samples, whose squares would lose digits there
+        return _center_traced(x, dims, count, enlarge=enlarge)
+    scale = magnitude_scale(x, dims, enlarge=enlarge)
+    scaled = x if scale is None else x * scale
+    shift = _anchor(scaled.detach(), dims, valid)
     shifted = only(scaled - shift, valid)
     mean = column_sum(shifted, dims) / count
     almost = only(minus(shifted, mean), valid)
     rest = column_sum(almost.detach(), dims) / count
-    return Centered(only(minus(almost, rest), valid), scale, shift, mean, rest)
+    values = only(minus(almost, rest), valid)
+    return Centered(values, scale, (shift, mean, rest), square_sum(values, dims))
+
+
+def _center_traced(x: Tensor, dims: tuple[int, ...], count: Tensor | int, *, enlarge: bool) -> Centered:
+    """The same in operations that a compiler makes two loops of, and two more of their derivative.
+
+    Shift and first mean are one constant, all but the mean. What is left has the small mean m, and its squares about it
+    are sum(left^2) - count m^2, where nothing cancels.
+    """
+    fixed = x.detach() * _PEEK
+    anchor = _anchor(x.detach(), dims, None)
+    distance = fixed - anchor * _PEEK
+    mean, mean_square = averaged(column_sum(distance, dims), count), averaged(square_sum(distance, dims), count)
+    large = mean_square > (_LARGE[x.dtype] * _PEEK) ** 2
+    small = (mean_square == 0) & (anchor.abs() < _SMALL[x.dtype]) if enlarge else None
+    scale = _power(large, small, x.dtype)
+    shift = anchor * scale + mean * (scale / _PEEK)
+    left = x * scale - shift
+    rest = averaged(column_sum(left, dims), count)
+    squares = square_sum(left, dims) - count * rest.square()
+    return Centered(left - rest, scale, (shift, rest), squares)
+
+
+def averaged(total: Tensor, count: Tensor | int) -> Tensor:
+    """A mean, where there is a sample."""
+    # a compiler divides anew for every few elements; by a tensor of counts it does not know better either
+    return total * (1 / count) if being_traced() and isinstance(count, int) else total / count
 
 
 def minus(x: Tensor, y: Tensor) -> Tensor:
@@ -157,6 +189,25 @@ def square_sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return column_sum(x.square(), dims)
 
 
+def scaled_square_sum(x: Tensor, dims: tuple[int, ...], *, enlarge: bool = False) -> tuple[Tensor | None, Tensor]:
+    """A power of two, and the sum of squares of the column times that: `magnitude_scale`, then `square_sum`.
+
+    For a compiler the sums with and without the power are made in one loop, and the right one is taken.
+    """
+    if not being_traced():
+        scale = magnitude_scale(x, dims, enlarge=enlarge)
+        return scale, square_sum(x if scale is None else x * scale, dims)
+    shrink = _SHRINK[x.dtype]
+    squares, shrunk = square_sum(x, dims), square_sum(x * shrink, dims)
+    mean_square = averaged(squares.detach(), sample_count(x.shape, dims, None))
+    large = mean_square > _LARGE[x.dtype] ** 2
+    small = mean_square < _SMALL[x.dtype] ** 2 if enlarge else None
+    squares = torch.where(large, shrunk, squares)
+    if small is not None:
+        squares = torch.where(small, square_sum(x / shrink, dims), squares)
+    return _power(large, small, x.dtype), squares
+
+
 def magnitude_scale(x: Tensor, dims: tuple[int, ...], *, enlarge: bool = False) -> Tensor | None:
     """The power of two, for each column, that keeps sums of squares finite: 1 unless magnitudes pass 1e14 (float32).
 
@@ -168,9 +219,14 @@ def magnitude_scale(x: Tensor, dims: tuple[int, ...], *, enlarge: bool = False) 
     large, small = largest > _LARGE[x.dtype], largest < (_SMALL[x.dtype] if enlarge else 0)
     if x.device.type == "cpu" and not being_traced() and not (large | small).any():
         return None
-    one = torch.ones((), dtype=x.dtype, device=x.device)
-    shrink = _SHRINK[x.dtype]
-    return torch.where(large, shrink * one, torch.where(small, one / shrink, one))
+    return _power(large, small, x.dtype)
+
+
+def _power(large: Tensor, small: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The power of two that brings large and small magnitudes near 1."""
+    one, shrink = torch.ones((), dtype=dtype, device=large.device), _SHRINK[dtype]
+    otherwise = one if small is None else torch.where(small, one / shrink, one)
+    return torch.where(large, shrink * one, otherwise)
 
 
 def _anchor(x: Tensor, dims: tuple[int, ...], valid: Tensor | None) -> Tensor:

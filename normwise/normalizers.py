@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normwise.errors import PatternError
-from normwise.moments import Moments, center, magnitude_scale, minus, only, sample_count, square_sum, times
+from normwise.moments import Moments, averaged, center, minus, only, sample_count, scaled_square_sum, times
 
 
 class Line(NamedTuple):
@@ -94,11 +94,11 @@ class Standardize:
     ) -> Normalized:
         """(x - mean) / sqrt(var + eps) with the mean and biased variance over `dims`."""
         centered = center(view, dims, valid, enlarge=self.eps == 0)
-        squares = square_sum(centered.values, dims)
         count = sample_count(view.shape, dims, valid)
-        inverse = _inverse_root(_divided(squares, count), self.eps, centered.scale)
-        line = Line(centered.scale, (centered.shift, centered.mean, centered.rest), inverse)
-        moments = Moments(count, centered.column_mean.detach(), _unscaled(squares.detach(), centered.scale))
+        inverse = _inverse_root(_divided(centered.squares, count), self.eps, centered.scale)
+        line = Line(centered.scale, centered.offsets, inverse)
+        squares = centered.squares.detach().clamp_min(0)
+        moments = Moments(count, centered.column_mean.detach(), _unscaled(squares, centered.scale))
         return Normalized(times(centered.values, inverse), line, moments)
 
     def recall(self, remembered: tuple[Tensor, ...], dtype: torch.dtype) -> Line:
@@ -200,9 +200,8 @@ class L2:
 
 def _by_root(view: Tensor, dims: tuple[int, ...], valid: Tensor | None, eps: float, *, averages: bool) -> Normalized:
     """x / sqrt(squares + eps), with the mean of the squares, or their sum."""
-    scale = magnitude_scale(view, dims, enlarge=eps == 0)
+    scale, squares = scaled_square_sum(view, dims, enlarge=eps == 0)
     scaled = view if scale is None else view * scale
-    squares = square_sum(scaled, dims)
     count = sample_count(view.shape, dims, valid)
     inverse = _inverse_root(_divided(squares, count) if averages else squares, eps, scale)
     about = squares.detach() * 0  # 0, or nan where the column itself is not finite
@@ -217,7 +216,7 @@ def _check_eps(eps: float) -> None:
 
 def _divided(total: Tensor, count: Tensor | int) -> Tensor:
     """A mean; 0 for a column without a sample."""
-    return total / (count.clamp_min(1) if isinstance(count, Tensor) else count)
+    return averaged(total, count.clamp_min(1) if isinstance(count, Tensor) else count)
 
 
 def _unscaled(squares: Tensor, scale: Tensor | None) -> Tensor:

@@ -143,6 +143,7 @@ def view_strides(plan: Plan, strides: Sequence[int]) -> list[int]:
     for stride, parts in zip(strides, plan.parts, strict=True):
         sizes = plan.view[len(lies) : len(lies) + parts]
         lies.extend(stride * math.prod(sizes[part + 1 :]) for part in range(parts))
+    lies.extend([1] * (len(plan.view) - len(lies)))  # the dimension of one element that '[...]' for none adds
     return lies
 
 

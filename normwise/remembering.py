@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from normwise.commit import Entry, commit, entry, flush, is_unbiased, recall
+from normwise.commit import Entry, commit, commit_columns, entry, flush, is_unbiased, recall_columns
 from normwise.elastic import stretched
 from normwise.errors import NonFiniteError, NormwiseError, PatternError, ShapeError
-from normwise.kernels.reference import Recalled, Use, wide_dtype
+from normwise.kernels.reference import Recalled, Steps, Use, wide_dtype
+from normwise.kernels.run import ready_for
+from normwise.kernels.short import Numbers, Ready, moments_in, normalize, room
 from normwise.masks import masked_axes, used
 from normwise.memory import Memory, falls_back, limits
 from normwise.moments import Moments, only
 from normwise.plan import Plan, averaged, gather, place
+from normwise.recalling import recall
 from normwise.spec import check_samples
 from normwise.state import Stateful
 from normwise.sums import column_sum
@@ -39,7 +42,7 @@ class Remembering(Stateful):
     def _measures(self) -> bool:
         """Whether batches are normalized by their own statistics although there is a memory: in training."""
         memory = self.spec.memory
-        return self.training and not self.frozen and memory is not None and memory.updates and self._has_buffers()
+        return self.training and self._freezes == 0 and memory is not None and memory.updates and self._has_buffers()
 
     def _commits(self) -> bool:
         """Whether batches enter the memory."""
@@ -82,7 +85,10 @@ class Remembering(Stateful):
     def _has_buffers(self) -> bool:
         """Whether the memory is there: torch's habit is to set the buffers to None to switch it off."""
         buffers = self._holder()._buffers
-        return all(buffers[f"running_{name}"] is not None for name in self.spec.normalizer.remembers)
+        for name in self.spec.memory_buffers:  # noqa: SIM110 - a generator takes as long as the kernel of a small call
+            if buffers[name] is None:
+                return False
+        return True
 
     def _owner(self) -> object:
         """Who this is, for warnings and errors."""
@@ -134,6 +140,44 @@ class Remembering(Stateful):
         """As many places of the elastic axis as the memory has."""
         dim = self._elastic_dim
         return statistic if dim is None else statistic.narrow(dim, 0, min(statistic.shape[dim], self._length()))
+
+    def _ready_for(self, x: Tensor, plan: Plan, use: Use | None) -> Ready | None:
+        """What the short way needs, for a call that every check has let pass; None: it has to take the long one.
+
+        A memory that is read while it moves, or of which a call may see a part, asks for more.
+        """
+        spec, memory = self.spec, self.spec.memory
+        if memory is not None:
+            reads_what_moves = memory.renorm is not None or (memory.updates and falls_back(memory))
+            if reads_what_moves or memory.elastic is not None or memory.ghost is not None:
+                return None
+        steps = Steps(plan, spec.normalizer, spec.recovery, activation=spec.activation)
+        return ready_for(x, steps, spec.parameter_over, use, None if memory is None else spec.memory_over)
+
+    def _remember_shortly(self, ready: Ready, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        """The output of a layer with a memory, by the short way; None: it cannot be taken now."""
+        if self._use_of_memory(ready.plan, None) != ready.use:
+            return None
+        statistics = room(ready)
+        if ready.use is None:
+            output = normalize(ready, statistics, x, weight, bias)
+            if self._commits():
+                self._enter_shortly(ready, statistics)
+            return output
+        buffers = self._holder()._buffers
+        remembered = tuple([buffers[name] for name in self.spec.memory_buffers])
+        if not recall_columns(cast("tuple[Tensor, ...]", remembered), statistics, ready.kernel.eps):
+            return None
+        return normalize(ready, statistics, x, weight, bias)
+
+    def _enter_shortly(self, ready: Ready, statistics: Numbers) -> None:
+        """Let a batch enter the memory."""
+        spec, holder = self.spec, self._holder()
+        if not holder._fed:
+            holder._fed = True
+        memory, remembers = cast("Memory", spec.memory), spec.normalizer.remembers
+        if not commit_columns(memory, remembers, self._store(), statistics, ready.rows, least=self._least):
+            self._commit(ready.plan, moments_in(ready.kernel, statistics), self._window)
 
     def _enter(self, plan: Plan, moments: Moments, length: int, *, is_last: bool = True) -> None:
         """Let a batch enter the memory, which for its sake may have grown from `length` places of the elastic axis.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from normwise.errors import NormwiseError, PatternError, ShapeError
-from normwise.kernels.closed_form import run
 from normwise.kernels.reference import Recalled, Steps, four_steps, placed, wide_dtype
+from normwise.kernels.run import run
 from normwise.moments import Moments
 from normwise.norm import Norm
 from normwise.normalizers import Standardize
@@ -116,7 +116,7 @@ class Scan:
         if self._commits:
             norm._grow(self._plan)
         self._steps = Steps(self._one, spec.normalizer, spec.recovery)
-        self._parameters = placed(spec.recovery, norm._parameters_of_recovery(), spec.parameter_over, self._one, like)
+        self._parameters, self._over = norm._parameters_of_recovery(), spec.parameter_over
         self._recalled: Recalled | None = None
         if use is not None:
             wide = wide_dtype(like)
@@ -127,7 +127,7 @@ class Scan:
         """Normalize the input at one place: (n, c)."""
         mask = None if self._alive is None else self._mask(self._alive[:, place : place + 1], self._one)
         steps = self._steps._replace(valid=mask, recalled=self._recalled_at(place))
-        result = run(x.unsqueeze(self._dim), steps, self._parameters)
+        result, _ = run(x.unsqueeze(self._dim), steps, self._parameters, self._over, remembers=self._commits)
         if result.moments is not None and self._commits:
             self._measured[place] = result.moments
         return result.output.squeeze(self._dim)
@@ -169,11 +169,12 @@ class Rows:
         spec = norm.spec
         plan = plan_for(spec.pattern, torch.Size(shape), spec.call_sizes)
         self._steps = Steps(plan, spec.normalizer, spec.recovery)
-        self._given = placed(spec.recovery, norm._parameters_of_recovery(), spec.parameter_over, plan, like)
+        self._given, self._over = norm._parameters_of_recovery(), spec.parameter_over
+        self._placed = placed(spec.recovery, self._given, self._over, plan, like)
 
     def __call__(self, place: int, x: Tensor) -> Tensor:
         """Normalize the rows of a step: (n, c)."""
-        return run(x, self._steps, self._given).output
+        return run(x, self._steps, self._given, self._over)[0].output
 
     @property
     def eps(self) -> float | None:
@@ -187,7 +188,7 @@ class Rows:
     def parameters(self) -> tuple[Tensor | None, Tensor | None]:
         """The recovery's weight and bias, (c,) each; None: there is none."""
         features = self._steps.plan.shape[-1]
-        weight, bias, *_ = (*(torch.as_tensor(given).expand(1, features)[0] for given in self._given), None, None)
+        weight, bias, *_ = (*(torch.as_tensor(given).expand(1, features)[0] for given in self._placed), None, None)
         return weight, bias
 
     def define(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from normwise.errors import PatternError, ShapeError, TooFewSamplesError
 from normwise.memory import Memory
@@ -36,8 +36,10 @@ class NormSpec:
     pattern: Pattern = field(init=False, repr=False, compare=False)
     parameter_over: Over = field(init=False, repr=False, compare=False)
     memory_over: Over = field(init=False, repr=False, compare=False)
+    memory_buffers: tuple[str, ...] = field(init=False, repr=False, compare=False)  # their names in a layer
     unknown: tuple[str, ...] = field(init=False, repr=False, compare=False)  # axes that calls must agree on, unsized
     call_sizes: Sizes = field(init=False, repr=False, compare=False)  # what is known of the sizes of a call's input
+    ready: dict[Any, Any] = field(init=False, repr=False, compare=False, default_factory=dict)  # see `Norm._shortly`
 
     def __post_init__(self) -> None:
         pattern = parse(self.text)
@@ -46,6 +48,7 @@ class NormSpec:
         object.__setattr__(self, "sizes", checked_sizes(self.sizes))
         object.__setattr__(self, "parameter_over", () if self.recovery is None else parse_names(self.recovery.over))
         object.__setattr__(self, "memory_over", () if self.memory is None else parse_names(self.memory.over))
+        object.__setattr__(self, "memory_buffers", tuple(f"running_{name}" for name in self.normalizer.remembers))
         if not any(axis.reduced for axis in pattern.axes):
             raise PatternError("nothing is normalized over: put an axis in brackets", self.text)
         check_known(pattern, _flat(self.parameter_over), type(self.recovery).__name__)
@@ -87,6 +90,10 @@ class NormSpec:
             raise self.pattern.error(
                 f"{kind} divides the batch, the first axis, which is not normalized over", first[0].name
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy finds out anew what calls need."""
+        return {**self.__dict__, "ready": {}}
 
     def __repr__(self) -> str:
         """As a dataclass's; no activation is not mentioned."""

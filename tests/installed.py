@@ -10,12 +10,18 @@ import torch
 
 import normwise as nw
 
-folder = Path(sys.argv[1]).resolve()
-assert folder in Path(nw.__file__).parents, f"{nw.__file__} is not in {folder}"
-assert not any(shutil.which(name) for name in ("cc", "c++", "gcc", "g++", "clang", "clang++")), "there is a compiler"
 
-cpu = {backend.name: backend for backend in nw.backends()}["cpu"]
-assert cpu.available, cpu.about
-x = torch.randn(64, 96)
-torch.testing.assert_close(nw.LayerNorm(96)(x), torch.nn.LayerNorm(96)(x))
-sys.stdout.write(f"{cpu}\n")
+def main(folder: Path) -> None:
+    assert folder in Path(nw.__file__).parents, f"{nw.__file__} is not in {folder}"
+    assert not any(shutil.which(name) for name in ("cc", "c++", "gcc", "g++", "clang", "clang++")), (
+        "there is a compiler"
+    )
+    cpu = {backend.name: backend for backend in nw.backends()}["cpu"]
+    assert cpu.available, cpu.about
+    x = torch.randn(64, 96)
+    torch.testing.assert_close(nw.LayerNorm(96)(x), torch.nn.LayerNorm(96)(x))
+    sys.stdout.write(f"{cpu}\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve())

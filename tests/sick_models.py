@@ -300,6 +300,13 @@ def shut(dead: int) -> Patient:
     return Patient(model, rows(32))
 
 
+def shut_norm(dead: int) -> Patient:
+    """The same of a normalization that applies the function itself."""
+    model = mlp(nw.BatchNorm(32, activation="relu"))
+    model[1].bias.data[:dead] = -100.0
+    return Patient(model, rows(32))
+
+
 def wide(scale: float, *, at_the_end: bool = False) -> Patient:
     """A tanh of values so large."""
     model = mlp(nn.Tanh())

@@ -38,6 +38,7 @@ from sick_models import (
     rows,
     seen,
     shut,
+    shut_norm,
     small_batches,
     small_groups,
     spoilt,
@@ -143,6 +144,7 @@ def sicknesses() -> Iterator[Sickness]:
         "eps of an RMS norm",
     )
     yield Sickness("dead-units", lambda: shut(17), lambda: shut(16))
+    yield Sickness("dead-units", lambda: shut_norm(17), lambda: shut_norm(16), "dead units of a normalization")
     yield Sickness("saturated-units", lambda: wide(50.0), lambda: wide(0.5))
     yield Sickness("saturated-units", lambda: wide(80.0), lambda: wide(80.0, at_the_end=True), "the output saturates")
     yield Sickness("exploding-activations", lambda: deep(nn.Identity), lambda: deep(lambda: nn.LayerNorm(64)))

@@ -74,6 +74,32 @@ def test_dead_units_are_those_that_are_0_in_every_batch() -> None:
     assert nw.activations(nn.LeakyReLU(), x).calls[0].dead is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernel", "definition"])
+def test_an_activation_that_a_normalization_applies_is_seen_in_what_it_gives(dtype: torch.dtype) -> None:
+    norm = nw.BatchNorm(4, activation="relu").to(dtype)
+    with torch.no_grad():
+        norm.bias[:3] = -100.0
+    x = torch.randn(16, 4, dtype=dtype)
+    found = nw.activations(nn.Sequential(norm), list(x.split(8)))
+    assert [(r.path, r.layer, r.dead, r.saturated) for r in found.calls] == [("0", "BatchNorm", 0.75, None)]
+    expected = torch.cat([torch.relu(F.batch_norm(part, None, None, training=True)[:, 3]) for part in x.split(8)])
+    assert found.calls[0].mean == pytest.approx(expected.mean().item() / 4, rel=1e-5)
+    assert nw.activations(nn.Sequential(nw.BatchNorm(4, activation="gelu")), x.float()).calls[0].dead is None
+
+
+def test_a_sum_with_a_residual_has_no_dead_units_of_the_activation() -> None:
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nw.LayerNorm(4, activation="relu")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x, residual=-x)[0]
+
+    found = nw.activations(Adds(), torch.randn(8, 4))
+    assert [(r.output, r.rms, r.dead) for r in found.calls] == [(0, 0.0, 1.0), (1, 0.0, None)]
+
+
 @pytest.mark.parametrize(
     ("function", "far"),
     [(nn.Sigmoid(), 5.0), (nn.Tanh(), 2.5), (nn.Hardtanh(-2, 2), 2.0), (nn.ReLU6(), 5.95), (nn.Hardsigmoid(), 3.0)],

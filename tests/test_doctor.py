@@ -81,6 +81,7 @@ MEASURED = {
     "gain-near-zero": (9 / 32, ("1",)),
     "constant-inputs": (3, ("input",)),
     "dead-units": (17 / 32, ("1",)),
+    "dead units of a normalization": (17 / 32, ("1",)),
     "non-finite": (1, ("0.weight",)),
 }
 

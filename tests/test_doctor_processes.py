@@ -11,7 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from sick_models import Patient, batch_mlp, rows
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+import normwise as nw
 
 
 def kinds(patient: Patient) -> list[str]:
@@ -38,6 +41,10 @@ def _examine(rank: int, folder: str) -> None:
         found = patient.diagnosis().findings
         written += [f"{count} {one}" for one in found]
         written += [type(patient.treated(one.fix).model.module[1]).__name__ for one in found]
+    activated = nn.Sequential(nw.BatchNorm(8, activation="silu"), nn.Linear(8, 4, bias=False), nw.BatchNorm(4))
+    patient = Patient(activated, rows(8))
+    (finding,) = patient.diagnosis().findings
+    written += [finding.fix, *(type(module).__name__ for module in patient.treated(finding.fix).model.modules())]
     Path(folder, str(rank)).write_text("\n".join(written))
     dist.destroy_process_group()
 
@@ -54,7 +61,15 @@ def test_two_processes_with_few_samples_each(tmp_path: Path) -> None:
             "  samples a statistic, at least: 8, expected at least 16\n"
             "  fix:\n"
             "    model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # on GPUs, before it is wrapped\n"
-            "SyncBatchNorm"
+            "SyncBatchNorm\n"
+            "from dataclasses import replace\n"
+            "\n"
+            "for path in ['0']:\n"
+            "    norm = model.get_submodule(path)\n"
+            "    norm.spec = replace(norm.spec, activation=None)\n"
+            "    model.set_submodule(path, torch.nn.Sequential(norm, torch.nn.SiLU()))\n"
+            "model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # on GPUs, before it is wrapped\n"
+            "Sequential\nSequential\nSyncBatchNorm\nSiLU\nLinear\nSyncBatchNorm"
         )
     )
 

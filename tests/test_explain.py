@@ -7,6 +7,8 @@ import torch
 
 import normwise as nw
 from normwise import Affine, Moving, Norm
+from normwise.kernels import closed_form
+from tests.compiled import needs_kernels
 
 GROUPS = """\
 'n (g [k]) [...]' on (8, 6, 4, 4), float32
@@ -16,7 +18,8 @@ GROUPS = """\
 3 recover    weight * x + bias; weight (6,), bias (6,)
 4 output     (8, 6, 4, 4), float32, in the input's memory format
 memory word  KR (K kept, R normalized over, outermost in memory first)
-kernel       reference: plain torch operations, differentiated in closed form; torch.compile fuses them
+kernel       cpu: C++ for KR, columns of 192 bytes in 3 runs: measured, then normalized from the cache if they fit
+             under torch.compile: plain torch operations, fused with those before and after
 traffic      at least 6.1 kB: the input read once, the output written once"""
 
 BATCH = """\
@@ -27,8 +30,17 @@ BATCH = """\
 3 recover    weight * x + bias; weight (32,), bias (32,)
 4 output     (64, 32, 56, 56), float16, in the input's memory format
 memory word  RK (K kept, R normalized over, outermost in memory first)
-kernel       reference: plain torch operations, differentiated in closed form; torch.compile fuses them
+kernel       cpu: C++ for RK, 32 columns of 401.4 kB side by side: measured, then normalized from the cache if they fit
+             in evaluation cpu: C++ for RK, 32 columns of 401.4 kB side by side: normalized by what is remembered
+             under torch.compile: plain torch operations, fused with those before and after
 traffic      at least 25.7 MB: the input read once, the output written once"""
+
+
+@pytest.fixture(autouse=True)
+def _compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels are there, and no environment variable asks for anything else."""
+    monkeypatch.setattr("normwise.explain.extension", object())
+    monkeypatch.setattr("normwise.explain.requested", lambda: "auto")
 
 
 def test_a_shape_in_words() -> None:
@@ -48,7 +60,14 @@ def test_the_same_as_data() -> None:
     assert data["column_axes"] == (("t", 5), ("c", 3))
     assert data["remembered"] == {"mean": (5, 3), "var": (5, 3)}
     assert data["parameters"] == {"weight": (3,), "bias": (3,)}
-    assert (data["word"], data["kernel"], data["bytes_moved"]) == ("RK", "reference", 2 * 16 * 5 * 3 * 4)
+    assert (data["word"], data["kernel"], data["bytes_moved"]) == ("RK", "cpu", 2 * 16 * 5 * 3 * 4)
+    assert data["reason"] == (
+        "C++ for RK, 15 columns of 64 bytes side by side: measured, then normalized from the cache if they fit"
+    )
+    assert data["evaluation_kernel"] == "cpu"
+    assert data["evaluation_reason"] == (
+        "C++ for RK, 15 columns of 64 bytes side by side: normalized by what is remembered"
+    )
     assert json.loads(json.dumps(data))["pattern"] == "[n] t c"
 
 
@@ -83,3 +102,110 @@ def test_lines(norm: Norm, shape: tuple[int, ...], line: str) -> None:
 def test_a_shape_that_does_not_fit_is_an_error() -> None:
     with pytest.raises(nw.ShapeError, match="axis 'c' has size 3, but dimension 1 has 4"):
         nw.BatchNorm(3).explain((2, 4))
+
+
+PLAIN = "plain torch operations, because "
+RENORM = Norm("[n] c", memory=Moving("c", decay=0.9, renorm=nw.Renorm()))
+PER_STEP = Norm("[n] t c", memory=Moving("t c", decay=0.9, degenerate="memory"))
+
+
+class Subclass(torch.Tensor):
+    """A tensor of another class."""
+
+
+class Own(nw.Standardize):
+    """A normalizer that no kernel knows."""
+
+
+@pytest.mark.parametrize(
+    ("norm", "x", "kernel", "reason"),
+    [
+        (
+            nw.BatchNorm(4),
+            torch.empty(8, 4, 5, 20),
+            "cpu",
+            "C++ for RKR, columns of 3.2 kB in 8 runs: measured, then normalized from the cache if they fit",
+        ),
+        (
+            nw.LayerNorm(8),
+            torch.empty(2, 16)[:, ::2],
+            "cpu",
+            "C++ for KR of a copy without gaps, columns of 32 bytes in one run: measured, then normalized from the "
+            "cache if they fit",
+        ),
+        (
+            Norm("[n]"),
+            torch.empty(1),
+            "cpu",
+            "C++ for one element, columns of 4 bytes in one run: measured, then normalized from the cache if they fit",
+        ),
+        (nw.LayerNorm(8), torch.empty(2, 8).double(), "reference", PLAIN + "no kernel computes in float64"),
+        (nw.LayerNorm(8), torch.empty(0, 8), "reference", PLAIN + "there is nothing to compute"),
+        (
+            nw.LayerNorm(8),
+            torch.empty(2, 8).as_subclass(Subclass),
+            "reference",
+            PLAIN + "no kernel knows the tensor class Subclass",
+        ),
+        (Norm("... [d]", Own()), torch.empty(2, 8), "reference", PLAIN + "no kernel knows the normalizer Own"),
+        (
+            RENORM,
+            torch.empty(4, 3),
+            "reference",
+            PLAIN + "batch renormalization corrects the batch's statistics by what is remembered",
+        ),
+        (
+            PER_STEP,
+            torch.empty(1, 3, 5),
+            "cpu",
+            "C++ for K, 15 columns of 4 bytes side by side: normalized by what is remembered",
+        ),
+        (
+            Norm("[n] c", memory=nw.Frozen("c")),
+            torch.empty(2, 3),
+            "cpu",
+            "C++ for RK, 3 columns of 8 bytes side by side: normalized by what is remembered",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 20 else "",
+)
+def test_the_kernel_and_why(norm: Norm, x: torch.Tensor, kernel: str, reason: str) -> None:
+    explained = norm.explain(x)
+    assert (explained.kernel, explained.reason) == (kernel, reason)
+
+
+def test_training_and_evaluation_may_run_different_kernels() -> None:
+    lines = str(RENORM.explain((4, 3))).splitlines()
+    evaluation = "C++ for RK, 3 columns of 16 bytes side by side: normalized by what is remembered"
+    assert lines[lines.index(f"             in evaluation cpu: {evaluation}") - 1].startswith(
+        "kernel       reference: "
+    )
+    assert not any(
+        line.startswith("             in evaluation") for line in str(PER_STEP.explain((1, 3, 5))).splitlines()
+    )
+
+
+def test_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normwise.explain.extension", None)
+    reason = PLAIN + "the compiled kernels are not there: `normwise backends` says why"
+    assert nw.LayerNorm(8).explain((2, 8)).reason == reason
+    monkeypatch.setattr("normwise.explain.requested", lambda: "reference")
+    assert nw.LayerNorm(8).explain((2, 8)).reason == PLAIN + "NORMWISE_BACKEND=reference asks for them"
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_explained_is_what_runs(
+    dtype: torch.dtype, training: bool, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+    definition = closed_form.run
+    monkeypatch.setattr(closed_form, "run", lambda *given: ran.append("reference") or definition(*given))
+    for norm in (nw.BatchNorm(4), nw.GroupNorm(2, 4), nw.InstanceNorm(4), nw.LayerNorm2d(4), Norm("[n] c ...", Own())):
+        x = torch.randn(8, 4, 5, 6, dtype=dtype).contiguous(memory_format=layout)
+        norm.train(training)(x)
+        explained = norm.explain(x)
+        assert (ran or ["cpu"]) == [explained.kernel if training else explained.evaluation_kernel]
+        ran.clear()

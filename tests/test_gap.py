@@ -45,8 +45,8 @@ def scale(output: Tensor, target: object) -> Tensor:
 
 
 def test_bessel_s_factor_along_a_chain_of_twenty() -> None:
-    model = nn.Sequential(*[nn.BatchNorm1d(8, momentum=1.0) for _ in range(20)])
-    x = torch.randn(64, 8)
+    model = nn.Sequential(*[nn.BatchNorm1d(8, momentum=1.0) for _ in range(20)]).double()  # float32 rounds 20 times
+    x = torch.randn(64, 8, dtype=torch.float64)
     trained = model(x)
     ratio = (model.eval()(x).norm() / trained.norm()).item()
     found = nw.gap(model, x, scale)

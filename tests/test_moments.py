@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from normwise.moments import Moments, center, magnitude_scale, merge, square_sum
+from normwise.moments import Moments, center, magnitude_scale, merge, only, square_sum
 from tests.tolerances import DOUBLE, check
 
 batches = st.lists(st.lists(st.floats(-1e3, 1e3, allow_nan=False), min_size=1, max_size=6), min_size=2, max_size=5)
@@ -74,7 +74,7 @@ def test_center_equals_the_definition(dims: tuple[int, ...]) -> None:
     mean = x.mean(dims, keepdim=True)
     check(centered.column_mean, mean, DOUBLE)
     check(centered.values, x - mean, DOUBLE)
-    assert torch.equal(centered.values, ((x - centered.shift) - centered.mean) - centered.rest)
+    assert torch.equal(centered.values, ((x - centered.offsets[0]) - centered.offsets[1]) - centered.offsets[2])
     assert centered.scale is None
 
 
@@ -101,3 +101,28 @@ def test_the_mean_left_behind_is_rounding_only(shape: tuple[int, int]) -> None:
     dim = 0 if shape[0] > 2 else 1
     values = center(torch.randn(shape) + 1e6, (dim,)).values.double()
     assert values.mean(dim).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("valid", [None, torch.arange(512) % 3 > 0], ids=["all", "some"])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e13, 1e30, 3e37])
+@pytest.mark.parametrize("first", [0.0, 1e3], ids=["noise", "outlier first"])
+def test_in_operations_for_a_compiler_as_well(first: float, scale: float, valid: Tensor | None) -> None:
+    x = torch.randn(4, 512)
+    x[:, 0] += first
+    x *= scale / x.abs().max()
+
+    def centered(row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = center(only(row, valid), (0,), valid, enlarge=True)
+        power = found.scale.double()
+        return found.values / power, found.squares / power.square(), found.column_mean
+
+    values, squares, mean = torch.func.vmap(centered)(x)
+    wide = x.double()
+    chosen = wide if valid is None else wide[:, valid]
+    expected = only(wide - chosen.mean(1, keepdim=True), valid)
+    deviation = expected.square().sum(1, keepdim=True)
+    assert ((values - expected).abs() <= 2e-6 * (deviation / chosen.shape[1]).sqrt() + 3e-7 * expected.abs()).all()
+    assert ((squares - deviation).abs() <= 1e-6 * deviation).all()
+    assert (mean.flatten() - chosen.mean(1)).abs().max() <= 1e-6 * scale
+    same = torch.func.vmap(lambda row: center(row, (0,)).values)(torch.full((2, 777), scale))
+    assert not same.any()

@@ -149,6 +149,18 @@ def test_backward_names_the_module_and_the_operation(inplace: bool) -> None:
     assert not nw.first_nonfinite(model, torch.randn(8, 3), total, backward=False).found
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernel", "definition"])
+def test_a_normalization_s_backward_is_one_operation(dtype: torch.dtype) -> None:
+    """How it is computed is its own business."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nw.RMSNorm(4, eps=0.0), nn.Linear(4, 1)).to(dtype)
+    with torch.no_grad():
+        model[0].weight.mul_(torch.finfo(dtype).tiny * 1e8)
+        model[2].weight.mul_(torch.finfo(dtype).max * 1e-20)
+    found = nw.first_nonfinite(model, torch.randn(8, 4, dtype=dtype), total)
+    assert (found.phase, found.path, found.layer, found.operation) == ("backward", "1", "RMSNorm", "")
+    assert found.what == "the gradient of its input 0"
+
+
 def test_backward_between_two_layers_in_the_loss_and_of_a_parameter() -> None:
     model = nn.Sequential(Between(torch.sin), Between(lambda x: (x - x).sqrt()))
     found = nw.first_nonfinite(model, torch.randn(4, 3), total)

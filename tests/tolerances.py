@@ -30,6 +30,24 @@ COMPILED = Tolerance(2e-5, 2e-5, "a compiler sums in its own order, so the shift
 MODEL_OUTPUTS = Tolerance(1e-5, 0.0, "whole models, outputs as parts of the largest: the promise of adopt")
 MODEL_GRADIENTS = Tolerance(1e-4, 0.0, "whole models, gradients as parts of the largest: the promise of adopt")
 SUMMED = Tolerance(0.0, 1e-5, "float32 partial sums over 65,536 rows, against float64")
+HALF_ULP = "and half a unit in the last place of the output's dtype, where that is lower"
+KERNELS = Tolerance(1e-6, 1e-6, f"compiled kernels, outputs of size 1 to 8: as VALUES, {HALF_ULP}")
+KERNELS_GRADIENTS = Tolerance(
+    3e-6, 3e-6, f"compiled kernels, gradients times slopes of up to 10: 3 KERNELS, {HALF_ULP}"
+)
+KERNELS_SUMS = Tolerance(
+    2e-6,
+    2e-6,
+    f"compiled kernels, times sqrt(n): float32 sums of n products of size 1, up to 2,000 in a row, {HALF_ULP}",
+)
+LAYOUT = Tolerance(
+    3e-6,
+    2e-6,
+    "another order of axes is another kernel: gradients times slopes of up to 3, some ulps, summed otherwise",
+)
+KERNELS_MOMENTS = Tolerance(
+    1e-6, 1e-6, "sums of floats in short chains, added as doubles: n of them lose no more than one"
+)
 
 ROUNDINGS = 8.0  # of 2**-24: subtractions, slope, product and the sums behind them, measured at 6 over 50,000 columns
 LOW_PRECISION_FACTOR = 2.0  # times the error of torch's operation in the same precision, both against float64

@@ -46,7 +46,8 @@ class Activation:
         variance_median: The median unit's.
         variance_high: The largest.
         constant: How many units have one value only, as far as the dtype can tell values apart.
-        dead: The share of units that are 0 for every example and position; only of ReLUs and their like.
+        dead: The share of units that are 0 for every example and position; only of ReLUs and their like, and of
+            normalizations that apply one.
         saturated: The share of units of which 95 % of the values are near a bound; of bounded functions only.
         at_bounds: The share of all values that are near a bound: within 1 % of the range between the bounds.
         nonfinite: How many values are NaN or infinite.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normwise.moments import Moments, center, merge, sample_count, square_sum
+from normwise.moments import Moments, center, merge, sample_count
 from normwise.surgery.kinds import channel_dim, kind_of
 
 _NEAR = 0.01  # of the distance between the bounds
@@ -107,7 +107,7 @@ class Channels:
         x = x if valid is None else torch.where(valid, x, torch.zeros_like(x))
         centered = center(x, dims, valid)
         mean = centered.column_mean.flatten()
-        m2 = square_sum(centered.values, dims).to(mean.dtype)
+        m2 = centered.squares.to(mean.dtype)
         m2 = m2 if centered.scale is None else m2 / centered.scale.to(mean.dtype).square()
         self.moments = Moments(torch.zeros_like(mean) + _flat(sample_count(x.shape, dims, valid)), mean, m2.flatten())
         self.largest = x.abs().amax(dims).flatten()

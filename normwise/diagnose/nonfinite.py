@@ -354,7 +354,7 @@ class _Seeker(Watch):
             frame.path or "the loss",
             frame.kind,
             None if frame.layer is None else frame.number,
-            operation,
+            "" if isinstance(frame.layer, Norm) else operation,
             what,
             self._batch,
             largest_input=_largest(came),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from normwise.diagnose.channels import FUNCTIONS, Channels, Range, layout_of, range_of
 from normwise.diagnose.watch import Frame, Watch, floats_in
 from normwise.moments import Moments, merge
+from normwise.norm import Norm
 
 
 class Tally:
@@ -78,7 +79,7 @@ class Recorder(Watch):
             return
         for output_at, x in enumerate(floats_in(output)):
             key = (frame.path, frame.kind, frame.number, output_at)
-            tally = self._tally(key, frame.layer, x, range_of(frame.kind, _bounds(frame.layer)))
+            tally = self._tally(key, frame.layer, x, _limits(frame, output_at))
             self.tallies[key] = tally
             tally.add(self._values(frame.layer, x, tally), inputs)
 
@@ -86,6 +87,8 @@ class Recorder(Watch):
         """Measure what an activation function returns."""
         name, frame = getattr(function, "__name__", "").rstrip("_"), self.stack[-1]
         if name not in FUNCTIONS or not (isinstance(output, Tensor) and floats_in(output) and self._may_show(frame)):
+            return
+        if name == _own_activation(frame.layer):  # no value between the two is ever seen where a kernel fuses them
             return
         key = (frame.path, f"{name}()", frame.functions[name], 0)
         frame.functions[name] += 1
@@ -132,6 +135,18 @@ def _parameters(layer: nn.Module | None) -> list[nn.Parameter]:
 
 def _is_parametrization(frame: Frame) -> bool:
     return ".parametrizations." in f".{frame.path}."
+
+
+def _limits(frame: Frame, output_at: int) -> Range | None:
+    """Where the values of a module's output end: by its class, or by the activation that a normalization declares."""
+    activation = _own_activation(frame.layer)
+    if activation is None:
+        return range_of(frame.kind, _bounds(frame.layer))
+    return range_of(activation) if output_at == 0 else None  # what follows is its sum with a residual
+
+
+def _own_activation(layer: nn.Module | None) -> str | None:
+    return layer.spec.activation if isinstance(layer, Norm) else None
 
 
 def _bounds(layer: nn.Module | None) -> tuple[float, float] | None:

@@ -19,7 +19,7 @@ from normwise.recoveries import Affine, OffsetScale, Recovery, Scale
 
 NORMALIZERS: tuple[type[Normalizer], ...] = (Standardize, RMS, L2)  # in the order of csrc/call.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_RECOVERIES: tuple[type[Recovery] | type[None], ...] = (Affine, Scale, OffsetScale, type(None))
+RECOVERIES: tuple[type[Recovery] | type[None], ...] = (Affine, Scale, OffsetScale, type(None))
 
 
 class Choice(NamedTuple):
@@ -59,15 +59,44 @@ def choose(
     """
     refusal = _refusal(dtype, device, normalizer, recovery, use, request=request, available=available)
     if refusal:
-        return Choice("reference", f"plain torch operations, because {refusal}")
-    if not is_dense(plan.shape, strides):
-        strides = _dense_strides(plan.shape, strides)
-    found = geometry_of(plan, strides, over)
+        return plainly(refusal)
+    dense = strides if is_dense(plan.shape, strides) else _dense_strides(plan.shape, strides)
+    found = geometry_of(plan, dense, over)
     if isinstance(found, Misfit):
-        return Choice("reference", f"plain torch operations, because {found.reason}")
-    word = memory_word(plan, strides) or "one element"
-    way = "run by run" if found.by_runs else "row by row, columns side by side"
-    return Choice("cpu", f"C++ for {word}, {way}: one look measures, the next finds the data in the cache", found)
+        return plainly(found.reason)
+    word = memory_word(plan, dense) or "one element"
+    copied = "" if dense == strides else " of a copy without gaps"
+    return Choice("cpu", f"C++ for {word}{copied}, {_work(found, dtype, use)}", found)
+
+
+def plainly(reason: str) -> Choice:
+    """The definition, because of something that no kernel takes."""
+    return Choice("reference", f"plain torch operations, because {reason}")
+
+
+def _work(geometry: Geometry, dtype: torch.dtype, use: Use | None) -> str:
+    """What a kernel has in hand, and what it does with it."""
+    _, rows, columns, run = geometry.sizes
+    size = readable(rows * run * dtype.itemsize)
+    if geometry.by_runs:
+        what = f"columns of {size} in {'one run' if rows == 1 else f'{rows} runs'}"
+    else:
+        what = f"{columns} columns of {size} side by side"
+    if use == "instead":
+        return f"{what}: normalized by what is remembered"
+    return f"{what}: measured, then normalized from the cache if they fit"
+
+
+def readable(count: int) -> str:
+    """Bytes in the unit that suits them.
+
+    >>> readable(999), readable(4096), readable(3_211_264)
+    ('999 bytes', '4.1 kB', '3.2 MB')
+    """
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
 
 
 def _refusal(
@@ -82,19 +111,24 @@ def _refusal(
 ) -> str:
     """Why the compiled kernels do not take a call, or nothing."""
     if request == "reference":
-        return "NORMWISE_BACKEND asks for them"
+        return "NORMWISE_BACKEND=reference asks for them"
     if device != "cpu":
         return f"there is no kernel for {device} yet"
     if not available:
         return "the compiled kernels are not there: `normwise backends` says why"
     if dtype not in DTYPES:
         return f"no kernel computes in {str(dtype).removeprefix('torch.')}"
-    for part, known in ((normalizer, NORMALIZERS), (recovery, _RECOVERIES)):
+    for name, part, known in (("normalizer", normalizer, NORMALIZERS), ("recovery", recovery, RECOVERIES)):
         if type(part) not in known:
-            return f"no kernel knows {type(part).__name__}"
-    if use not in (None, "instead"):
-        return "the batch's statistics and remembered ones are mixed"
-    return ""
+            return f"no kernel knows the {name} {type(part).__name__}"
+    return _MIXED.get(use, "")
+
+
+# What is done with remembered statistics beside those of the batch, which no kernel does.
+_MIXED: dict[Use | None, str] = {
+    "fallback": "columns with too few samples take what is remembered",
+    "correct": "batch renormalization corrects the batch's statistics by what is remembered",
+}
 
 
 def _dense_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from normwise.kernels.backends import extension
 from normwise.kernels.choose import DTYPES, NORMALIZERS
@@ -26,17 +27,29 @@ from normwise.transforms import derivatives
 _ACTIVATIONS = (None, *FUNCTIONS)  # in the order of csrc/call.h
 _CALL = struct.Struct("=15qd6i")
 _WIDE = torch.float64
+PLAIN = (Parameter, Tensor)  # a class made of them may be anything
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # of `torch.autograd.grad(..., is_grads_batched=True)`
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # what a transform left behind has no address
 
 
 class Kernel:
     """One call, prepared: what `csrc/call.h` wants to know, for the batch's statistics and for given ones."""
 
-    __slots__ = ("bytes_given", "bytes_measured", "centers", "geometry", "offset", "over", "steps")
+    __slots__ = (
+        *("bytes_given", "bytes_measured", "centers", "columns", "eps", "geometry", "offset", "over"),
+        *("has_bias", "has_weight", "row", "size", "steps"),
+    )
 
     def __init__(self, steps: Steps, geometry: Geometry, over: Over, dtype: torch.dtype) -> None:
         self.steps, self.geometry, self.over = steps, geometry, over
+        parameters = () if steps.recovery is None else tuple(steps.recovery.parameters)
+        self.has_weight, self.has_bias = "weight" in parameters, "bias" in parameters
+        self.columns, self.size = geometry.columns, geometry.weights.size
+        self.row = self.columns * _WIDE.itemsize
         self.centers = isinstance(steps.normalizer, Standardize)
         self.offset = 1.0 if isinstance(steps.recovery, OffsetScale) else 0.0
+        eps = cast("Standardize | RMS | L2", steps.normalizer).eps
+        self.eps = torch.finfo(dtype).eps if eps is None else eps
         self.bytes_measured = self._call(dtype, (1, 1, 1, 1), measured=True)
         self.bytes_given = self._call(dtype, (1, 1, 1, 1), measured=False)
 
@@ -52,15 +65,13 @@ class Kernel:
 
     def _call(self, dtype: torch.dtype, mask: tuple[int, int, int, int], *, measured: bool) -> bytes:
         geometry, steps = self.geometry, self.steps
-        normalizer = cast("Standardize | RMS | L2", steps.normalizer)
-        eps = torch.finfo(dtype).eps if normalizer.eps is None else normalizer.eps
         return _CALL.pack(
             *geometry.sizes,
             *geometry.weights,
             *_strides(mask),
-            eps,
+            self.eps,
             DTYPES.index(dtype),
-            NORMALIZERS.index(type(normalizer)),
+            NORMALIZERS.index(type(steps.normalizer)),
             _ACTIVATIONS.index(steps.activation),
             0 if geometry.by_runs else 1,
             measured,
@@ -85,28 +96,20 @@ class Output(NamedTuple):
     moments: Moments | None
 
 
-_NOTHING = Given()
-
-
 def fits(x: Tensor, weight: Tensor | None, bias: Tensor | None, kernel: Kernel) -> bool:
     """Whether the tensors are what the kernel may read: plain ones on the CPU, of the size that was prepared."""
-    size = kernel.geometry.weights.size
-    return (
-        x.is_cpu
-        and not x.is_neg()
-        and (weight is None or (weight.is_cpu and weight.numel() == size))
-        and (bias is None or (bias.is_cpu and bias.numel() == size))
-    )
-
-
-def normalize(kernel: Kernel, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The plain call: the batch's statistics, and nothing but the output wanted."""
-    if torch.is_grad_enabled() and (
-        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
-    ):
-        output: Tensor = _Compiled.apply(kernel, _NOTHING, x, None, weight, bias)  # type: ignore[no-untyped-call]
-        return output
-    return _forward(kernel, _NOTHING, x, None, weight, bias).output
+    if not x.is_cpu or x.is_neg() or _is_wrapped(x):
+        return False
+    for parameter in (weight, bias):
+        if parameter is not None and not (
+            type(parameter) in PLAIN
+            and parameter.is_cpu
+            and parameter.numel() == kernel.size
+            and not parameter.is_neg()
+            and not _is_wrapped(parameter)
+        ):
+            return False
+    return True
 
 
 def normalize_with(
@@ -116,11 +119,11 @@ def normalize_with(
     inputs = (x, residual, weight, bias)
     if not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)):
         found = _forward(kernel, given, *inputs)
-        return Output(found.output, found.total, _moments(kernel, given, found.statistics))
+        return Output(found.output, found.total, moments_of(kernel, given, found.statistics))
     outputs = _Compiled.apply(kernel, given, *inputs)  # type: ignore[no-untyped-call]
     output, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
     total = rest.pop(0) if given.residual else None
-    return Output(output, total, _moments(kernel, given, rest[0]) if given.remembers else None)
+    return Output(output, total, moments_of(kernel, given, rest[0]) if given.remembers else None)
 
 
 class _Forward(NamedTuple):
@@ -137,10 +140,10 @@ def _forward(
 ) -> _Forward:
     output = torch.empty_like(x)
     total = None if residual is None else torch.empty_like(x)
-    weight, bias = _read(kernel, weight, bias)
+    weight, bias = read(kernel, weight, bias)
     mask = None if given.valid is None else _bytes_of(kernel, given.valid)
     measured = given.recalled is None
-    statistics = _room(kernel, given) if given.recalled is None else _recalled(kernel, given.recalled, x.dtype)
+    statistics = _room(kernel, given) if given.recalled is None else _recalled(kernel, given.recalled)
     inverse, mean, m2, count = _addresses(kernel, statistics, given)
     extension.forward(  # type: ignore[union-attr]  # whoever made a kernel has seen it there
         kernel.call(x.dtype, None if mask is None else mask.shape, measured=measured),  # type: ignore[arg-type]
@@ -178,9 +181,9 @@ class _Compiled(torch.autograd.Function):
     ) -> Any:
         found = _forward(kernel, given, x, residual, weight, bias)
         recalled = () if given.recalled is None else given.recalled.statistics
-        read = x if found.total is None else found.total
-        ctx.save_for_backward(read, weight, bias, found.statistics, given.valid, *recalled)
-        ctx.kernel, ctx.given = kernel, _NOTHING if given is _NOTHING else given._replace(valid=None)
+        seen = x if found.total is None else found.total
+        ctx.save_for_backward(seen, weight, bias, found.statistics, given.valid, *recalled)
+        ctx.kernel, ctx.given, ctx.strides = kernel, given._replace(valid=None), x.stride()
         ctx.set_materialize_grads(False)
         if not (given.residual or given.remembers):
             return found.output
@@ -197,6 +200,7 @@ class _Compiled(torch.autograd.Function):
         kernel: Kernel = ctx.kernel
         given: Given = ctx.given
         x, weight, bias, statistics, valid, *recalled = ctx.saved_tensors
+        x = lying(x, ctx.strides, x.dtype)
         if given.recalled is not None:
             given = given._replace(recalled=given.recalled._replace(statistics=tuple(recalled)))
         given = given if valid is None else given._replace(valid=valid)
@@ -204,9 +208,9 @@ class _Compiled(torch.autograd.Function):
         wants_x, wants_residual, *wanted = ctx.needs_input_grad[2:]
         if d_output is None:
             d_x, d_weight, d_bias = d_total, None, None
-        elif torch.is_grad_enabled():
+        elif torch.is_grad_enabled() or is_mapped(d_output) or (d_total is not None and is_mapped(d_total)):
             wants = (wants_x or wants_residual, *wanted)
-            d_x, d_weight, d_bias = _by_definition(kernel, given, (x, weight, bias), d_output, wants)
+            d_x, d_weight, d_bias = by_definition(kernel, given, (x, weight, bias), d_output, wants)
             d_x = d_total if d_x is None else d_x if d_total is None else d_x + d_total
         else:
             wants = (wants_x or wants_residual, *wanted)
@@ -214,10 +218,15 @@ class _Compiled(torch.autograd.Function):
         return None, None, d_x if wants_x else None, d_x if wants_residual else None, d_weight, d_bias
 
 
-def _by_definition(
+def is_mapped(gradient: Tensor) -> bool:
+    """Whether a gradient stands for many, or is followed by a transform, and so has no address."""
+    return _is_wrapped(gradient) or _is_batched(gradient)
+
+
+def by_definition(
     kernel: Kernel, given: Given, inputs: tuple[Tensor, ...], d_output: Tensor, wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Differentiable gradients: those that autograd makes of the definition."""
+    """Differentiable gradients: those that autograd makes of the definition; also mapped over many cotangents."""
     steps = kernel.steps._replace(valid=given.valid, recalled=given.recalled)
 
     def defined(x: Tensor, *parameters: Tensor | None) -> Tensor:
@@ -225,7 +234,8 @@ def _by_definition(
         own = placed(steps.recovery, parameters[: len(names)], kernel.over, steps.plan, x)
         return four_steps(x, steps, own).output
 
-    return derivatives(defined, inputs, (d_output,), wanted)
+    with torch.enable_grad():
+        return derivatives(defined, inputs, (d_output,), wanted)
 
 
 def _backward(
@@ -237,10 +247,11 @@ def _backward(
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, weight, bias, statistics = saved
-    d_output = _like(d_output, x)
-    d_total = None if d_total is None else _like(d_total, x)
+    strides = x.stride()
+    d_output = lying(d_output, strides, x.dtype)
+    d_total = None if d_total is None else lying(d_total, strides, x.dtype)
     d_x = torch.empty_like(x) if wanted[0] else None
-    read_weight, read_bias = _read(kernel, weight, bias)
+    read_weight, read_bias = read(kernel, weight, bias)
     d_weight = torch.empty_like(read_weight) if wanted[1] and read_weight is not None else None
     d_bias = torch.empty_like(read_bias) if wanted[2] and read_bias is not None else None
     mask = None if given.valid is None else _bytes_of(kernel, given.valid)
@@ -261,17 +272,27 @@ def _backward(
         0 if d_bias is None else d_bias.data_ptr(),
         torch.get_num_threads(),
     )
-    return d_x, _returned(d_weight, weight), _returned(d_bias, bias)
+    return d_x, returned(d_weight, weight), returned(d_bias, bias)
 
 
-def _like(gradient: Tensor, x: Tensor) -> Tensor:
-    """A gradient that lies in memory as the input does, without a change to what came."""
-    if gradient.stride() == x.stride() and not gradient.is_neg() and gradient.dtype == x.dtype:
-        return gradient
-    return torch.empty_like(x).copy_(gradient)
+def lying(x: Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor that lies in memory as the kernel's input did, without a change to what came.
+
+    A gradient may come in any order, and so may a saved input that hooks have kept elsewhere.
+    """
+    if x.stride() == strides and x.dtype is dtype and not x.is_neg():
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=dtype).copy_(x)
 
 
-def _read(kernel: Kernel, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def reads(kernel: Kernel, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether parameters are as the kernel reads them."""
+    return (weight is None or (weight.dtype is torch.float32 and weight.is_contiguous() and not kernel.offset)) and (
+        bias is None or (weight is not None and bias.dtype is torch.float32 and bias.is_contiguous())
+    )
+
+
+def read(kernel: Kernel, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Parameters as the kernel reads them: float32, contiguous, and no bias without a weight."""
     if weight is not None and (weight.dtype is not torch.float32 or kernel.offset or not weight.is_contiguous()):
         weight = (weight.detach().float() + kernel.offset if kernel.offset else weight.detach().float()).contiguous()
@@ -283,8 +304,11 @@ def _read(kernel: Kernel, weight: Tensor | None, bias: Tensor | None) -> tuple[T
     return weight, bias
 
 
-def _returned(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    return gradient if gradient is None or parameter is None else gradient.to(parameter.dtype).reshape(parameter.shape)
+def returned(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """A gradient of the parameter's dtype and shape."""
+    if gradient is None or parameter is None or gradient.dtype is parameter.dtype:
+        return gradient
+    return gradient.to(parameter.dtype)
 
 
 def _room(kernel: Kernel, given: Given) -> Tensor:
@@ -302,34 +326,32 @@ def _addresses(kernel: Kernel, statistics: Tensor, given: Given) -> tuple[int, i
     return first, mean, m2, first + 3 * row if rows > 3 else 0
 
 
-def _recalled(kernel: Kernel, recalled: Recalled, dtype: torch.dtype) -> Tensor:
+def _recalled(kernel: Kernel, recalled: Recalled) -> Tensor:
     """Remembered statistics as the kernel reads them: inverse and mean of each column."""
     geometry, plan = kernel.geometry, kernel.steps.plan
     shape = [1 if dim in plan.reduced else size for dim, size in enumerate(plan.view)]
-    normalizer = cast("Standardize | RMS", kernel.steps.normalizer)
     *mean, spread = recalled.statistics
-    eps = torch.finfo(dtype).eps if normalizer.eps is None else normalizer.eps
-    rows = [(spread.to(_WIDE) + eps).rsqrt(), *(m.to(_WIDE) for m in mean)]
+    rows = [(spread.to(_WIDE) + kernel.eps).rsqrt(), *(m.to(_WIDE) for m in mean)]
     others = [dim for dim in range(len(shape)) if dim not in geometry.kept]
     order = [*geometry.kept, *others]
     return torch.stack([row.expand(shape).permute(order).reshape(-1) for row in rows])
 
 
-def _moments(kernel: Kernel, given: Given, statistics: Tensor) -> Moments | None:
+def moments_of(kernel: Kernel, given: Given, statistics: Tensor) -> Moments | None:
     """The batch's moments, with a dimension for each of the view's."""
     if not given.remembers:
         return None
-    geometry, plan = kernel.geometry, kernel.steps.plan
+    m2 = shaped(kernel, statistics[2])
+    mean = shaped(kernel, statistics[1]) if kernel.centers else m2 * 0
+    return Moments(kernel.steps.plan.rows if given.valid is None else shaped(kernel, statistics[3]), mean, m2)
 
-    def shaped(row: Tensor) -> Tensor:
-        dims = geometry.kept
-        ordered = sorted(range(len(dims)), key=dims.__getitem__)
-        row = row.reshape([plan.view[dim] for dim in dims]).permute(ordered)
-        return row.reshape([size if dim in dims else 1 for dim, size in enumerate(plan.view)])
 
-    m2 = shaped(statistics[2])
-    mean = shaped(statistics[1]) if kernel.centers else m2 * 0
-    return Moments(plan.rows if given.valid is None else shaped(statistics[3]), mean, m2)
+def shaped(kernel: Kernel, row: Tensor) -> Tensor:
+    """A number of each column, in the kernel's order, shaped to broadcast against the view."""
+    dims, view = kernel.geometry.kept, kernel.steps.plan.view
+    ordered = sorted(range(len(dims)), key=dims.__getitem__)
+    row = row.reshape([view[dim] for dim in dims]).permute(ordered)
+    return row.reshape([size if dim in dims else 1 for dim, size in enumerate(view)])
 
 
 def _bytes_of(kernel: Kernel, valid: Tensor) -> Tensor:

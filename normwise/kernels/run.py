@@ -7,13 +7,13 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from normwise.kernels import closed_form, cpu
 from normwise.kernels.backends import extension, requested
-from normwise.kernels.choose import choose
+from normwise.kernels.choose import NORMALIZERS, RECOVERIES, choose
 from normwise.kernels.geometry import is_dense, lies_as
 from normwise.kernels.reference import Result, Steps, Use, placed
+from normwise.kernels.short import MOST_COLUMNS, Ready, made_ready
 from normwise.plan import Over
 from normwise.transforms import being_traced
 
@@ -44,8 +44,9 @@ def run(
         x = total = x + residual
         return run(x, steps, parameters, over, remembers=remembers)[0], total
     weight, bias = [*parameters, None, None][:2]
-    kernel = None if being_traced() or x.numel() == 0 else _kernel_for(x, steps, over)
-    if kernel is None or not cpu.fits(x, weight, bias, kernel) or _is_watched(steps):
+    use = None if steps.recalled is None else steps.recalled.use
+    kernel = None if being_traced() or x.numel() == 0 else kernel_for(x, steps, over, use)
+    if kernel is None or not cpu.fits(x, weight, bias, kernel) or _is_watched(steps) or _lies_elsewhere(steps):
         total = x if residual is None else x + residual
         own = placed(steps.recovery, parameters, over, steps.plan, x)
         return closed_form.run(total, steps, own), None if residual is None else total
@@ -56,13 +57,41 @@ def run(
     return Result(output, moments, None), total
 
 
-def _kernel_for(x: Tensor, steps: Steps, over: Over) -> cpu.Kernel | None:
-    """The compiled kernel for a call, if one is chosen."""
-    if type(x) not in (Tensor, Parameter) or x.layout is not torch.strided:
+def kernel_for(x: Tensor, steps: Steps, over: Over, use: Use | None) -> cpu.Kernel | None:
+    """The compiled kernel for a call in which remembered statistics are for `use`, if one is chosen."""
+    if type(x) not in cpu.PLAIN or x.layout is not torch.strided:
         return None
-    use = None if steps.recalled is None else steps.recalled.use
+    if type(steps.normalizer) not in NORMALIZERS or type(steps.recovery) not in RECOVERIES:
+        return None  # a part of the user's own need not even be hashable
     declared = steps._replace(valid=None, recalled=None)
     return _prepared(declared, x.stride(), x.dtype, x.device.type, over, use)
+
+
+def ready_for(x: Tensor, steps: Steps, over: Over, use: Use | None, remembered: Over | None) -> Ready | None:
+    """What the short way needs to know of a call that went well so far, if it can be taken.
+
+    Args:
+        x: The input.
+        steps: What is done to it, without a mask.
+        over: The axes of the recovery's parameters.
+        use: What remembered statistics are for.
+        remembered: The axes of the memory, which must number the columns as the kernel does; None: there is none.
+    """
+    if x.numel() == 0 or not is_dense(x.shape, x.stride()):
+        return None
+    kernel = kernel_for(x, steps, over, use)
+    if kernel is None or kernel.columns > MOST_COLUMNS or not (remembered is None or _in_order(kernel, remembered)):
+        return None
+    return made_ready(kernel, x.stride(), use, has_memory=remembered is not None)
+
+
+def _in_order(kernel: cpu.Kernel, over: Over) -> bool:
+    """Whether a memory over the named axes has one place for each column, in the kernel's order."""
+    plan = kernel.steps.plan
+    remembered = [plan.names.index(name) for dim in over for name in dim]
+    return [dim for dim in remembered if plan.view[dim] != 1] == [
+        dim for dim in kernel.geometry.kept if plan.view[dim] != 1
+    ]
 
 
 @lru_cache(maxsize=4096)
@@ -87,6 +116,12 @@ def _prepared(
 def _is_watched(steps: Steps) -> bool:
     """Whether remembered statistics want a gradient, which no kernel gives."""
     return steps.recalled is not None and any(statistic.requires_grad for statistic in steps.recalled.statistics)
+
+
+def _lies_elsewhere(steps: Steps) -> bool:
+    """Whether a mask or remembered statistics have no address that a kernel may read."""
+    tensors = [*(steps.recalled.statistics if steps.recalled else ()), *(() if steps.valid is None else (steps.valid,))]
+    return not all(type(tensor) in cpu.PLAIN and tensor.is_cpu for tensor in tensors)
 
 
 def _as(x: Tensor, like: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from normwise.batches import Forward, Loss, feed, loss_of, rows_of
 from normwise.diagnose.activations import Activations, activations
 from normwise.diagnose.checks.columns import Columns, watched
 from normwise.norm import Norm
+from normwise.pointwise import FUNCTIONS
 from normwise.spec import NormSpec
 from normwise.surgery.exchange import Site, sites
 from normwise.surgery.flow import Flow, trace
@@ -211,6 +212,12 @@ class Case:
             return f'for group in optimizer.param_groups:\n    group["lr"] *= 0.1  # {where}'
         return f"lr = 0.1 * lr  # {where}" if self.lr is not None else f"# train with a smaller learning rate, {where}"
 
+    @property
+    def activated(self) -> dict[str, str]:
+        """The normalizations of ours that apply an activation, by path, and torch's layer that does it, in Python."""
+        declared = {path: m.spec.activation for path, m in self.model.named_modules() if isinstance(m, Norm)}
+        return {path: f"torch.nn.{FUNCTIONS[name].layer.__name__}()" for path, name in declared.items() if name}
+
     def swapped(self, kind: str, to: str, paths: list[str]) -> str:
         """Python that exchanges normalizations of a kind, all of them or those at the paths."""
         chosen = len(paths) < sum(layer.kind == kind for layer in self.layers)
@@ -339,6 +346,30 @@ def _of_blocks(paths: list[str]) -> str:
     if len(ends) == 1:
         return f"[f'{start}{{at}}{next(iter(ends))}' {listed}]"
     return f"[f'{start}{{at}}{{end}}' {listed} for end in {list(ends)!r}]"
+
+
+def split(activations: Mapping[str, str]) -> str:
+    """Python that puts a layer behind each normalization, by path, instead of the activation that it applies.
+
+    >>> print(split({"1": "torch.nn.ReLU()"}))
+    from dataclasses import replace
+    <BLANKLINE>
+    for path in ['1']:
+        norm = model.get_submodule(path)
+        norm.spec = replace(norm.spec, activation=None)
+        model.set_submodule(path, torch.nn.Sequential(norm, torch.nn.ReLU()))
+    """
+    paths: dict[str, list[str]] = {}
+    for path, layer in activations.items():
+        paths.setdefault(layer, []).append(path)
+    loops = [
+        f"for path in {paths_code(held)}:\n"
+        "    norm = model.get_submodule(path)\n"
+        "    norm.spec = replace(norm.spec, activation=None)\n"
+        f"    model.set_submodule(path, torch.nn.Sequential(norm, {layer}))"
+        for layer, held in paths.items()
+    ]
+    return "\n".join(["from dataclasses import replace", "", *loops])
 
 
 def joined(group: int) -> str:

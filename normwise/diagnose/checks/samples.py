@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from normwise.batches import rows_of
-from normwise.diagnose.checks.case import Case, Layer, Unchecked
+from normwise.diagnose.checks.case import Case, Layer, Unchecked, split
 from normwise.diagnose.findings import Finding, Harm
 from normwise.normalizers import Standardize
 
@@ -182,10 +182,18 @@ def unsynchronized(case: Case) -> Iterator[Finding]:
             "samples a statistic, at least",
             min(apart.values()),
             (ENOUGH, math.inf),
-            "model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # on GPUs, before it is wrapped",
+            _synchronized(case),
             "certain",
             "severe" if min(apart.values()) <= SCARCE else "moderate",
         )
+
+
+def _synchronized(case: Case) -> str:
+    """torch's conversion, which replaces layers by their class: what else they apply has to leave them first."""
+    fix = "model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # on GPUs, before it is wrapped"
+    modules, known = dict(case.model.named_modules()), case.activated.items()
+    lost = {path: layer for path, layer in known if isinstance(modules[path], nn.modules.batchnorm._BatchNorm)}
+    return f"{split(lost)}\n{fix}" if lost else fix
 
 
 def processes() -> int:

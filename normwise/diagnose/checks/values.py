@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.diagnose.activations import Activation
-from normwise.diagnose.checks.case import ENOUGH_ROWS, Case, Layer, paths_code
+from normwise.diagnose.checks.case import ENOUGH_ROWS, Case, Layer, paths_code, split
 from normwise.diagnose.findings import Finding
 from normwise.diagnose.nonfinite import NonFinite, first_nonfinite
 from normwise.diagnose.results import number
@@ -190,12 +190,19 @@ def dead_units(case: Case) -> Iterator[Finding]:
 
 
 def _leaking(case: Case, dead: list[Activation]) -> str:
-    """Activations that pass a gradient on either side."""
-    modules = tuple(row.path for row in dead if not row.layer.endswith("()"))
+    """Activations that pass a gradient on either side, in the place of the dead ones or beside their normalizations."""
+    modules = list(dict.fromkeys(row.path for row in dead if not row.layer.endswith("()")))
+    norms = [path for path in modules if path in case.activated]
+    others = [path for path in modules if path not in norms]
     if not modules:
         return case.smaller_rate("from the start again: units that are dead do not come back")
-    paths = paths_code(list(dict.fromkeys(modules)))
-    return f"for path in {paths}:\n    model.set_submodule(path, torch.nn.LeakyReLU(0.01))"
+    fixes = [split(dict.fromkeys(norms, _LEAKS))] if norms else []
+    if others:
+        fixes.append(f"for path in {paths_code(others)}:\n    model.set_submodule(path, {_LEAKS})")
+    return "\n".join(fixes)
+
+
+_LEAKS = "torch.nn.LeakyReLU(0.01)"
 
 
 def saturated_units(case: Case) -> Iterator[Finding]:

@@ -1,10 +1,11 @@
 // One column of the matrix: from its sums to the line that normalizes it, and the path for columns beyond float.
 //
-// Sums are first of floats, shifted by a mean of some of the column's elements, in short chains that are added as doubles.
-// They are trusted where the shift is near the mean, measured in deviations, and the squares are far from float's limits.
-// Otherwise the column is summed again as doubles, shifted by one of its elements: then a constant column is exactly 0,
-// nothing overflows, and because the shift is one of the n samples, the square of its distance from the mean is at most n
-// times the variance, and the variance right to n times double's last digit, however large the mean.
+// Sums are first of floats, shifted by a mean of some of the column's elements, in short chains that are added as
+// doubles. They are trusted where the shift is near the mean, measured in deviations, and the squares are far from
+// float's limits. Otherwise the column is summed again as doubles, shifted by one of its elements: then a constant
+// column is exactly 0, nothing overflows, and because the shift is one of the n samples, the square of its distance
+// from the mean is at most n times the variance, and the variance right to n times double's last digit, however large
+// the mean.
 //
 // The mean is kept as a high and a low float: x - high is exact where it matters, and what low adds is in the offset.
 #pragma once
@@ -41,9 +42,9 @@ constexpr int64_t kGuessed = 16;  // elements whose mean the sums of floats are 
 
 // Whether sums of floats have lost nothing. The mean of 16 independent elements is as far away for one column in 1000.
 inline bool trusted(const Sums& sums, bool centers) {
-  const double n = double(sums.count), distance = centers ? sums.sum / n : 0;
-  const double variance = sums.square / n - distance * distance;
-  return variance > 1e-28 && variance < 1e28 && distance * distance <= 0.7 * variance;
+  const double n = double(sums.count), distance = centers ? sums.sum * sums.sum : 0;  // times n squared
+  const double variance = sums.square * n - distance;
+  return variance > 1e-28 * n * n && variance < 1e28 * n * n && distance <= 0.7 * variance;
 }
 
 // value = (x - high) * inverse + offset.
@@ -78,20 +79,21 @@ struct Descent {
   }
 };
 
-inline double divisor(const Call& call, double count) {
-  return call.normalizer == kL2 ? 1 : count > 0 ? count : 1;
-}
+inline double divisor(const Call& call, double count) { return call.normalizer == kL2 ? 1 : count > 0 ? count : 1; }
 
 // Finish a column: write its statistics, return its line.
-inline Line measured(const Call& call, const Sums& sums, double shift, const Statistics& out, int64_t column) {
+__attribute__((always_inline)) inline Line measured(const Call& call, const Sums& sums, double shift,
+                                                    const Statistics& out, int64_t column) {
   const bool centers = call.normalizer == kStandardize;
   const double n = double(sums.count > 0 ? sums.count : 1);
   const double from_shift = centers ? sums.sum / n : 0;
   double m2 = centers ? sums.square - sums.sum * from_shift : sums.square;
-  if (m2 < 0) m2 = 0;  // nan stays nan
-  double under_root = m2 / divisor(call, n) + call.eps;
+  if (m2 < 0) m2 = 0;                         // nan stays nan
+  const double share = 1 / divisor(call, n);  // does not wait for the sums
+  double under_root = m2 * share + call.eps;
   if (under_root == 0) under_root = FLT_MIN;
-  const double mean = centers ? shift + from_shift : 0, inverse = 1 / std::sqrt(under_root);
+  // of a column that is not finite nothing is known, the mean included
+  const double mean = m2 != m2 ? m2 : centers ? shift + from_shift : 0, inverse = 1 / std::sqrt(under_root);
   if (out.mean) out.mean[column] = mean;
   if (out.inverse) out.inverse[column] = inverse;
   if (out.m2) out.m2[column] = m2;
@@ -132,7 +134,8 @@ void column_backward(const Call& call, const Backward& t, int64_t a, int64_t k, 
       for (int64_t s = 0; s < call.r1; ++s) {
         const int64_t at = ((a * call.r0 + r) * call.k1 + k) * call.r1 + s, w = call.weight_at(a, r, k, s);
         const bool valid = !t.mask || t.mask[call.mask_at(a, r, k, s)];
-        const double v = (double(to_float(x[at])) - line.mean) * line.exact_inverse, weight = t.weight ? t.weight[w] : 1;
+        const double v = (double(to_float(x[at])) - line.mean) * line.exact_inverse,
+                     weight = t.weight ? t.weight[w] : 1;
         const double slope = activated_slope(v * weight + (t.bias ? t.bias[w] : 0), call.activation);
         const double d = valid ? double(to_float(d_y[at])) * slope * weight : 0;
         if (pass == 0) {
@@ -140,7 +143,8 @@ void column_backward(const Call& call, const Backward& t, int64_t a, int64_t k, 
           along += valid ? d * v : 0;
           continue;
         }
-        const double centred = call.measured ? (call.normalizer == kStandardize ? sum / count : 0) + v * (along / count) : 0;
+        const double centred =
+            call.measured ? (call.normalizer == kStandardize ? sum / count : 0) + v * (along / count) : 0;
         const double gradient = valid ? (d - centred) * line.exact_inverse : 0;
         d_x[at] = from_float<T>(float(gradient + (d_sum ? to_float(d_sum[at]) : 0)));
       }

@@ -9,8 +9,8 @@
 namespace {
 
 using normwise::kBFloat16;
-using normwise::kFloat16;
 using normwise::Kernels;
+using normwise::kFloat16;
 
 // The loops that a call takes. With a mask, one variant does for all activations.
 template <class T>
@@ -41,13 +41,15 @@ LaneLoops<T> lane_loops_for(const Call& call, bool has_weight, bool has_mask) {
 
 template <class T>
 bool forward_of(const Call& call, const Forward& t, const Team& team) {
-  if (call.engine == normwise::kRuns) return runs_forward(call, t, team, run_loops_for<T>(call, t.weight, t.bias, t.mask));
+  if (call.engine == normwise::kRuns)
+    return runs_forward(call, t, team, run_loops_for<T>(call, t.weight, t.bias, t.mask));
   return lanes_forward(call, t, team, lane_loops_for<T>(call, t.weight, t.mask));
 }
 
 template <class T>
 bool backward_of(const Call& call, const Backward& t, const Team& team) {
-  if (call.engine == normwise::kRuns) return runs_backward(call, t, team, run_loops_for<T>(call, t.weight, t.bias, t.mask));
+  if (call.engine == normwise::kRuns)
+    return runs_backward(call, t, team, run_loops_for<T>(call, t.weight, t.bias, t.mask));
   return lanes_backward(call, t, team, lane_loops_for<T>(call, t.weight, t.mask));
 }
 

@@ -1,5 +1,5 @@
-// Columns that lie side by side: RK, KRK, KRKR, and RKR with short runs. A lane is one place (k, s) of a row; a column is
-// r1 neighbouring lanes, down all rows.
+// Columns that lie side by side: RK, KRK, KRKR, and RKR with short runs. A lane is one place (k, s) of a row; a column
+// is r1 neighbouring lanes, down all rows.
 //
 // Rows are measured in pieces, so that a lane's sums are in one order whether one thread has the column or many have a
 // piece each. Where there are tiles of lanes enough, and they fit the cache, one thread has a tile, and its second look
@@ -17,10 +17,10 @@
 
 namespace {
 
-constexpr int64_t kTile = 512;         // lanes of a tile at most
-constexpr int64_t kRowsOfPiece = 512;  // rows that are summed before they are added to the lane's sums
-constexpr int64_t kPanel = 32;         // rows that are summed as floats, in registers
-constexpr int64_t kCache = 1 << 19;    // bytes that a tile may have, so that the second look at it hits the cache
+constexpr int64_t kTile = 512;               // lanes of a tile at most
+constexpr int64_t kRowsOfPiece = 512;        // rows that are summed before they are added to the lane's sums
+constexpr int64_t kPanel = 32;               // rows that are summed as floats, in registers
+constexpr int64_t kCache = 1 << 19;          // bytes that a tile may have, so that the second look at it hits the cache
 constexpr int kWide = kLanes == 16 ? 4 : 2;  // vectors of lanes that are worked on side by side
 
 // Arrays with a place for each lane. `slope` and `shift`: y = (x - high) * slope + shift. Where weights run down the
@@ -28,21 +28,23 @@ constexpr int kWide = kLanes == 16 ? 4 : 2;  // vectors of lanes that are worked
 struct Lanes {
   float *anchor, *high, *slope, *shift, *along, *level, *inverse, *weight;
   double *first, *second;  // sums: of x - anchor and its square; backward: of d and d * (x - high)
-  int32_t* count;
+  int64_t* count;
 
   Lanes from(int64_t lane) const {
-    return {anchor + lane, high + lane, slope + lane, shift + lane, along + lane, level + lane, inverse + lane, weight + lane, first + lane, second + lane, count + lane};
+    return {anchor + lane,  high + lane,   slope + lane, shift + lane,  along + lane, level + lane,
+            inverse + lane, weight + lane, first + lane, second + lane, count + lane};
   }
 };
 
 // Lanes of one tile, on the stack.
-struct TileLanes {
+struct alignas(kLine) TileLanes {
   float floats[8][kTile];
   double doubles[2][kTile];
-  int32_t counts[kTile];
+  int64_t counts[kTile];
 
   Lanes lanes() {
-    return {floats[0], floats[1], floats[2], floats[3], floats[4], floats[5], floats[6], floats[7], doubles[0], doubles[1], counts};
+    return {floats[0], floats[1], floats[2],  floats[3],  floats[4], floats[5],
+            floats[6], floats[7], doubles[0], doubles[1], counts};
   }
 };
 
@@ -64,9 +66,7 @@ struct Tile {
   int64_t columns() const { return width / call.r1; }
   int64_t column(int64_t k) const { return a * call.k1 + lane / call.r1 + k; }
   // The mask's bytes of a row: one a lane, or one for all.
-  const uint8_t* mask(const uint8_t* mask, int64_t row) const {
-    return mask + call.mask_at(a, row, lane / call.r1, 0);
-  }
+  const uint8_t* mask(const uint8_t* mask, int64_t row) const { return mask + call.mask_at(a, row, lane / call.r1, 0); }
   bool is_out(const uint8_t* valid, int64_t row) const { return valid && !has_mask(valid) && !*mask(valid, row); }
   bool has_mask(const uint8_t* mask) const { return mask && (call.mask_k1 || call.mask_r1); }
   // The weight and bias of a row, where it has its own; otherwise those that change nothing.
@@ -88,6 +88,15 @@ inline void in_chunks(int64_t width, Body body) {
   if (lane < width) body(lane, std::integral_constant<int, 1>(), int(width - lane));
 }
 
+// The order in which rows are written: from the last one on, which is still in the cache where rows have just been
+// read, or from the first.
+struct Order {
+  int64_t begin, end, step;
+
+  Order(int64_t first, int64_t last, bool from_last)
+      : begin(from_last ? last - 1 : first), end(from_last ? first - 1 : last), step(from_last ? -1 : 1) {}
+};
+
 template <class E, class Size>
 inline F load_some(const E* from, Size size) {
   return size == kLanes ? load<F>(from) : load_part<F>(from, size, 0);
@@ -95,6 +104,11 @@ inline F load_some(const E* from, Size size) {
 template <class E, class Size>
 inline void store_some(E* to, F v, Size size) {
   size == kLanes ? store(to, v) : store_part(to, v, size);
+}
+
+template <class Size>
+inline void add_some_to(double* to, F v, Size size) {
+  size == kLanes ? add_to(to, v) : add_part_to(to, v, size);
 }
 
 // Fetch what the next chunk will read of a row.
@@ -122,51 +136,45 @@ void find_anchors(const Tile& tile, const T* x, const uint8_t* mask, const Lanes
     float* of_column = lanes.anchor + k * call.r1;
     float anchor = 0;
     if (mask)
-      anchor = float(RunsOf<T>{call, tile.a, tile.lane / call.r1 + k}.shift(x, mask));
+      anchor = float(RunsOf<T>(call, tile.a, tile.lane / call.r1 + k).shift(x, mask));
     else
       for (int64_t s = 0; s < call.r1; ++s) anchor += of_column[s] / float(call.r1);
     for (int64_t s = 0; s < call.r1; ++s) of_column[s] = anchor;
   }
 }
 
-// Add the sums of a panel of rows to the lanes' sums.
-template <class T, bool kMasked>
-void panel_sums(const Tile& tile, const T* x, const uint8_t* mask, int64_t row, int64_t rows, const Lanes& lanes) {
-  in_chunks(tile.width, [&](int64_t lane, auto vectors, auto size) {
-    F anchor[vectors], first[vectors], second[vectors];
-    for (int v = 0; v < vectors; ++v) {
-      anchor[v] = load_some(lanes.anchor + lane + v * kLanes, size);
-      first[v] = second[v] = F{};
-    }
-    const bool goes_on = lane + 2 * vectors * kLanes <= tile.width;
-    for (int64_t j = row; j < row + rows; ++j) {
-      if (!kMasked && tile.is_out(mask, j)) continue;
-      const T* from = x + tile.at(j) + lane;
-      if (goes_on) fetch_next(from, vectors);
-      for (int v = 0; v < vectors; ++v) {
-        F d = load_some(from + v * kLanes, size) - anchor[v];
-        if constexpr (kMasked) d = keep(d, tile.mask(mask, j) + lane + v * kLanes, size);
-        first[v] += d;
-        second[v] = fma(d, d, second[v]);
-      }
-    }
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t at = lane + v * kLanes;
-      size == kLanes ? add_to(lanes.first + at, first[v]) : add_part_to(lanes.first + at, first[v], size);
-      size == kLanes ? add_to(lanes.second + at, second[v]) : add_part_to(lanes.second + at, second[v], size);
-    }
-  });
-}
-
-// The sums of rows `first` to `last`.
+// The sums of rows `first` to `last`. Chunk by chunk down all rows: the processor sees one stride.
 template <class T, bool kMasked>
 void lane_sums(const Tile& tile, const T* x, const uint8_t* mask, int64_t first, int64_t last, const Lanes& lanes) {
   std::memset(lanes.first, 0, tile.width * sizeof(double));
   std::memset(lanes.second, 0, tile.width * sizeof(double));
-  for (int64_t row = first; row < last; row += kPanel)
-    panel_sums<T, kMasked>(tile, x, mask, row, last - row < kPanel ? last - row : kPanel, lanes);
+  const bool by_row = !kMasked && mask;
+  const int64_t stride = tile.call.lanes();
+  in_chunks(tile.width, [&](int64_t lane, auto vectors, auto size) {
+    F anchor[vectors];
+    for (int v = 0; v < vectors; ++v) anchor[v] = load_some(lanes.anchor + lane + v * kLanes, size);
+    const T* from = x + tile.at(first) + lane;
+    for (int64_t row = first; row < last; row += kPanel) {
+      F sum[vectors], square[vectors];
+      for (int v = 0; v < vectors; ++v) sum[v] = square[v] = F{};
+      const int64_t end = last - row < kPanel ? last : row + kPanel;
+      for (int64_t j = row; j < end; ++j, from += stride) {
+        if (by_row && tile.is_out(mask, j)) continue;
+        for (int v = 0; v < vectors; ++v) {
+          F d = load_some(from + v * kLanes, size) - anchor[v];
+          if constexpr (kMasked) d = keep(d, tile.mask(mask, j) + lane + v * kLanes, size);
+          sum[v] += d;
+          square[v] = fma(d, d, square[v]);
+        }
+      }
+      for (int v = 0; v < vectors; ++v) {
+        add_some_to(lanes.first + lane + v * kLanes, sum[v], size);
+        add_some_to(lanes.second + lane + v * kLanes, square[v], size);
+      }
+    }
+  });
   if (!mask) return;
-  std::memset(lanes.count, 0, tile.width * sizeof(int32_t));
+  std::memset(lanes.count, 0, tile.width * sizeof(int64_t));
   for (int64_t row = first; row < last; ++row) {
     const uint8_t* valid = tile.mask(mask, row);
     for (int64_t lane = 0; lane < tile.width; ++lane) lanes.count[lane] += valid[kMasked ? lane : 0] != 0;
@@ -184,8 +192,9 @@ Line measure_column(const Tile& tile, const Forward& t, const T* x, const Lanes&
     sums.square += lanes.second[from + s];
     sums.count += t.mask ? lanes.count[from + s] : call.r0;
   }
-  if (trusted(sums, call.normalizer == kStandardize)) return measured(call, sums, lanes.anchor[from], t.statistics, tile.column(k));
-  const RunsOf<T> column{call, tile.a, tile.lane / call.r1 + k};
+  if (trusted(sums, call.normalizer == kStandardize))
+    return measured(call, sums, lanes.anchor[from], t.statistics, tile.column(k));
+  const RunsOf<T> column(call, tile.a, tile.lane / call.r1 + k);
   const double shift = call.normalizer == kStandardize ? column.shift(x, t.mask) : 0;
   return measured(call, column.exact_sums(x, t.mask, shift), shift, t.statistics, tile.column(k));
 }
@@ -211,31 +220,35 @@ bool prepare_lanes(const Tile& tile, const Forward& t, const T* x, const Lanes& 
 
 // Normalize rows `first` to `last` of a tile. With `kDown` each row has one weight and bias of its own.
 template <class T, bool kDown, bool kMasked, int kAct>
-void lane_apply(const Tile& tile, const Forward& t, const T* x, int64_t first, int64_t last, const Lanes& lanes) {
-  const int activation = tile.call.activation;
-  for (int64_t end = last; end > first; end -= kPanel) {  // the last rows are still in the cache
-    const int64_t begin = end - first < kPanel ? first : end - kPanel;
-    in_chunks(tile.width, [&](int64_t lane, auto vectors, auto size) {
-      F high[vectors], slope[vectors], shift[vectors];
+void lane_apply(const Tile& given, const Forward& t, const T* x, int64_t first, int64_t last, const Lanes& lanes) {
+  const Call call = given.call;  // copies of its own, which no store can change
+  const Tile tile{call, given.a, given.lane, given.width};
+  const float *weights = t.weight, *biases = t.bias;
+  const uint8_t* mask = t.mask;
+  T* y = static_cast<T*>(t.y);
+  const int activation = call.activation;
+  const bool by_row = !kMasked && mask;
+  const Order order(first, last, call.measured);
+  in_chunks(tile.width, [&](int64_t lane, auto vectors, auto size) {
+    F high[vectors], slope[vectors], shift[vectors];
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t at = lane + v * kLanes;
+      high[v] = load_some(lanes.high + at, size), slope[v] = load_some(lanes.slope + at, size);
+      shift[v] = load_some(lanes.shift + at, size);
+    }
+    for (int64_t j = order.begin; j != order.end; j += order.step) {
+      const bool out = by_row && tile.is_out(mask, j);
+      const auto [weight, bias] = kDown ? tile.weights(weights, biases, j) : RowWeights{1, 0};
+      const int64_t at = tile.at(j) + lane;
       for (int v = 0; v < vectors; ++v) {
-        const int64_t at = lane + v * kLanes;
-        high[v] = load_some(lanes.high + at, size), slope[v] = load_some(lanes.slope + at, size);
-        shift[v] = load_some(lanes.shift + at, size);
+        F z = fma(load_some(x + at + v * kLanes, size) - high[v], slope[v], shift[v]);
+        if constexpr (kDown) z = fma(z, F{} + weight, F{} + bias);
+        z = activate<kAct>(z, activation);
+        if constexpr (kMasked) z = keep(z, tile.mask(mask, j) + lane + v * kLanes, size);
+        store_some(y + at + v * kLanes, out ? F{} : z, size);
       }
-      for (int64_t j = begin; j < end; ++j) {
-        const bool out = !kMasked && tile.is_out(t.mask, j);
-        const auto [weight, bias] = kDown ? tile.weights(t.weight, t.bias, j) : RowWeights{1, 0};
-        const int64_t at = tile.at(j) + lane;
-        for (int v = 0; v < vectors; ++v) {
-          F z = fma(load_some(x + at + v * kLanes, size) - high[v], slope[v], shift[v]);
-          if constexpr (kDown) z = fma(z, F{} + weight, F{} + bias);
-          z = activate<kAct>(z, activation);
-          if constexpr (kMasked) z = keep(z, tile.mask(t.mask, j) + lane + v * kLanes, size);
-          store_some(static_cast<T*>(t.y) + at + v * kLanes, out ? F{} : z, size);
-        }
-      }
-    });
-  }
+    }
+  });
 }
 
 // The loops over rows, for one recovery, mask and activation; the rest is compiled once for each dtype.
@@ -262,7 +275,8 @@ template <class T>
 void add_rows(const Tile& tile, const Forward& t, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) {
     const int64_t at = tile.at(row);
-    add(static_cast<const T*>(t.x) + at, static_cast<const T*>(t.residual) + at, static_cast<T*>(t.sum) + at, tile.width);
+    add(static_cast<const T*>(t.x) + at, static_cast<const T*>(t.residual) + at, static_cast<T*>(t.sum) + at,
+        tile.width);
   }
 }
 
@@ -307,7 +321,7 @@ inline void add_piece(const Lanes& piece, const Lanes& sums, int64_t width, bool
 inline void clear(const Lanes& lanes, int64_t width) {
   std::memset(lanes.first, 0, width * sizeof(double));
   std::memset(lanes.second, 0, width * sizeof(double));
-  std::memset(lanes.count, 0, width * sizeof(int32_t));
+  std::memset(lanes.count, 0, width * sizeof(int64_t));
 }
 
 // One thread has the tile.
@@ -340,27 +354,22 @@ void tile_forward(const Tile& tile, const Forward& t, const LaneLoops<T>& loops)
 struct SharedLanes {
   Scratch<float> floats;
   Scratch<double> doubles;
-  Scratch<int32_t> counts;
+  Scratch<int64_t> counts;
   int64_t lanes;  // of all a
 
   SharedLanes(int64_t lanes_, int64_t pieces)
-      : floats(8 * lanes_), doubles(2 * lanes_ * (pieces + 1)), counts(lanes_ * (pieces + 1)), lanes(lanes_) {}
+      : floats(8 * padded(lanes_)),
+        doubles(2 * padded(lanes_) * (pieces + 1)),
+        counts(padded(lanes_) * (pieces + 1)),
+        lanes(padded(lanes_)) {}
   bool ok() const { return floats.data && doubles.data && counts.data; }
   // Sums of piece p - 1; p = 0: of all pieces.
   Lanes part(int64_t p) const {
     float* f = floats.data;
     double* d = doubles.data + 2 * lanes * p;
-    return {f,
-            f + lanes,
-            f + 2 * lanes,
-            f + 3 * lanes,
-            f + 4 * lanes,
-            f + 5 * lanes,
-            f + 6 * lanes,
-            f + 7 * lanes,
-            d,
-            d + lanes,
-            counts.data + lanes * p};
+    return {
+        f, f + lanes, f + 2 * lanes,          f + 3 * lanes, f + 4 * lanes, f + 5 * lanes, f + 6 * lanes, f + 7 * lanes,
+        d, d + lanes, counts.data + lanes * p};
   }
 };
 

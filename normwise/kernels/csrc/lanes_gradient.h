@@ -18,10 +18,12 @@ void panel_gradient_sums(const Tile& tile, const Backward& t, int64_t row, int64
       high[v] = load_some(lanes.high + at, size), slope[v] = load_some(lanes.slope + at, size);
       shift[v] = load_some(lanes.shift + at, size), first[v] = second[v] = F{};
     }
-    const bool goes_on = lane + 2 * vectors * kLanes <= tile.width;
+    const bool goes_on = lane + 2 * vectors * kLanes <= tile.width, by_row = !kMasked && t.mask;
+    const int64_t stride = tile.call.lanes();
+    int64_t at = tile.at(row) + lane - stride;
     for (int64_t j = row; j < row + rows; ++j) {
-      if (!kMasked && tile.is_out(t.mask, j)) continue;
-      const int64_t at = tile.at(j) + lane;
+      at += stride;
+      if (by_row && tile.is_out(t.mask, j)) continue;
       if (goes_on) fetch_next(x + at, vectors), fetch_next(d_y + at, vectors);
       const auto [weight, bias] = kDown ? tile.weights(t.weight, t.bias, j) : RowWeights{1, 0};
       for (int v = 0; v < vectors; ++v) {
@@ -46,8 +48,8 @@ void panel_gradient_sums(const Tile& tile, const Backward& t, int64_t row, int64
     }
     for (int v = 0; v < vectors; ++v) {
       const int64_t at = lane + v * kLanes;
-      size == kLanes ? add_to(lanes.first + at, first[v]) : add_part_to(lanes.first + at, first[v], size);
-      size == kLanes ? add_to(lanes.second + at, second[v]) : add_part_to(lanes.second + at, second[v], size);
+      add_some_to(lanes.first + at, first[v], size);
+      add_some_to(lanes.second + at, second[v], size);
     }
   });
   if constexpr (kDown)
@@ -63,7 +65,8 @@ void lane_gradient_sums(const Tile& tile, const Backward& t, int64_t first, int6
   std::memset(lanes.first, 0, tile.width * sizeof(double));
   std::memset(lanes.second, 0, tile.width * sizeof(double));
   for (int64_t row = first; row < last; row += kPanel)
-    panel_gradient_sums<T, kDown, kMasked, kAct>(tile, t, row, last - row < kPanel ? last - row : kPanel, lanes, row_sums);
+    panel_gradient_sums<T, kDown, kMasked, kAct>(tile, t, row, last - row < kPanel ? last - row : kPanel, lanes,
+                                                 row_sums);
 }
 
 // high, slope and shift, as in the forward.
@@ -76,6 +79,37 @@ bool prepare_lines(const Tile& tile, const Backward& t, const Lanes& lanes) {
   Call remembers = tile.call;
   remembers.measured = 0;
   return prepare_lanes<T>(Tile{remembers, tile.a, tile.lane, tile.width}, given, nullptr, lanes);
+}
+
+// The sums of columns that float cannot hold, once more, in double; with `kDown` those of all rows as well.
+template <class T>
+void mend_gradient_sums(const Tile& tile, const Backward& t, const Lanes& lanes, const RowSums& row_sums) {
+  const Call& call = tile.call;
+  const T *x = static_cast<const T*>(t.x), *d_y = static_cast<const T*>(t.d_y);
+  const bool down = row_sums.d_weight;
+  for (int64_t r = 0; down && r < call.r0; ++r) row_sums.d_weight[r] = row_sums.d_bias[r] = 0;
+  for (int64_t lane = 0; lane < tile.width; ++lane) {
+    const int64_t k = (tile.lane + lane) / call.r1, s = lane % call.r1;
+    const Line line = remembered(t.statistics, tile.a * call.k1 + k);
+    if (line.fits && !down) continue;
+    double first = 0, second = 0;
+    for (int64_t r = 0; r < call.r0; ++r) {
+      if (t.mask && !t.mask[call.mask_at(tile.a, r, k, s)]) continue;
+      const int64_t at = tile.at(r) + lane, w = call.weight_at(tile.a, r, k, s);
+      const double value = (double(to_float(x[at])) - line.mean) * line.exact_inverse,
+                   weight = t.weight ? t.weight[w] : 1;
+      double d = to_float(d_y[at]) * activated_slope(value * weight + (t.bias ? t.bias[w] : 0), call.activation);
+      if (down) {
+        row_sums.d_weight[r] += d * value;
+        row_sums.d_bias[r] += d;
+        d *= weight;
+      }
+      first += d;
+      second += d * (double(to_float(x[at])) - line.mean);
+    }
+    if (!line.fits)
+      lanes.first[lane] = first, lanes.second[lane] = second + line.low * first;  // `descend` takes it out
+  }
 }
 
 // From a tile's sums: the gradients of weight and bias for each lane, left in the sums, and what d_x is made of.
@@ -106,40 +140,45 @@ inline void descend(const Tile& tile, const Backward& t, const Lanes& lanes) {
 
 // d_x of rows `first` to `last` of a tile.
 template <class T, bool kDown, bool kMasked, int kAct>
-void lane_gradient(const Tile& tile, const Backward& t, int64_t first, int64_t last, const Lanes& lanes) {
+void lane_gradient(const Tile& given, const Backward& t, int64_t first, int64_t last, const Lanes& lanes) {
+  const Call call = given.call;  // copies of its own, which no store can change
+  const Tile tile{call, given.a, given.lane, given.width};
+  const float *row_weights = t.weight, *row_biases = t.bias;
+  const uint8_t* mask = t.mask;
+  T* d_x = static_cast<T*>(t.d_x);
+  const bool by_row = !kMasked && mask;
   const T *x = static_cast<const T*>(t.x), *d_y = static_cast<const T*>(t.d_y), *d_sum = static_cast<const T*>(t.d_sum);
-  for (int64_t end = last; end > first; end -= kPanel) {  // the last rows are still in the cache
-    const int64_t begin = end - first < kPanel ? first : end - kPanel;
-    in_chunks(tile.width, [&](int64_t lane, auto vectors, auto size) {
-      F high[vectors], along[vectors], level[vectors], inverse[vectors], weights[vectors];
+  const Order order(first, last, true);
+  in_chunks(tile.width, [&](int64_t lane, auto vectors, auto size) {
+    F high[vectors], along[vectors], level[vectors], inverse[vectors], weights[vectors];
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t at = lane + v * kLanes;
+      high[v] = load_some(lanes.high + at, size), along[v] = load_some(lanes.along + at, size);
+      level[v] = load_some(lanes.level + at, size), inverse[v] = load_some(lanes.inverse + at, size);
+      weights[v] = load_some(lanes.weight + at, size);
+    }
+    for (int64_t j = order.begin; j != order.end; j += order.step) {
+      const int64_t row_at = tile.at(j) + lane;
+      const bool out = by_row && tile.is_out(mask, j);
+      const auto [weight, bias] = kDown ? tile.weights(row_weights, row_biases, j) : RowWeights{1, 0};
       for (int v = 0; v < vectors; ++v) {
-        const int64_t at = lane + v * kLanes;
-        high[v] = load_some(lanes.high + at, size), along[v] = load_some(lanes.along + at, size);
-        level[v] = load_some(lanes.level + at, size), inverse[v] = load_some(lanes.inverse + at, size);
-        weights[v] = load_some(lanes.weight + at, size);
-      }
-      for (int64_t j = begin; j < end; ++j) {
-        const bool out = !kMasked && tile.is_out(t.mask, j);
-        const auto [weight, bias] = kDown ? tile.weights(t.weight, t.bias, j) : RowWeights{1, 0};
-        for (int v = 0; v < vectors; ++v) {
-          const int64_t at = tile.at(j) + lane + v * kLanes;
-          const F centred = load_some(x + at, size) - high[v];
-          F d = load_some(d_y + at, size);
-          if constexpr (kAct != kActNone) {
-            const int64_t of_lane = lane + v * kLanes;
-            const F value = fma(centred, load_some(lanes.slope + of_lane, size), load_some(lanes.shift + of_lane, size));
-            d *= activation_slope<kAct>(kDown ? fma(value, F{} + weight, F{} + bias) : value, tile.call.activation);
-          }
-          d *= kDown ? F{} + weight : weights[v];
-          F gradient = (d + fma(centred, along[v], level[v])) * inverse[v];
-          if constexpr (kMasked) gradient = keep(gradient, tile.mask(t.mask, j) + lane + v * kLanes, size);
-          if (out) gradient = F{};
-          if (d_sum) gradient += load_some(d_sum + at, size);
-          store_some(static_cast<T*>(t.d_x) + at, gradient, size);
+        const int64_t at = row_at + v * kLanes;
+        const F centred = load_some(x + at, size) - high[v];
+        F d = load_some(d_y + at, size);
+        if constexpr (kAct != kActNone) {
+          const int64_t of_lane = lane + v * kLanes;
+          const F value = fma(centred, load_some(lanes.slope + of_lane, size), load_some(lanes.shift + of_lane, size));
+          d *= activation_slope<kAct>(kDown ? fma(value, F{} + weight, F{} + bias) : value, call.activation);
         }
+        d *= kDown ? F{} + weight : weights[v];
+        F gradient = (d + fma(centred, along[v], level[v])) * inverse[v];
+        if constexpr (kMasked) gradient = keep(gradient, tile.mask(mask, j) + lane + v * kLanes, size);
+        if (out) gradient = F{};
+        if (d_sum) gradient += load_some(d_sum + at, size);
+        store_some(d_x + at, gradient, size);
       }
-    });
-  }
+    }
+  });
 }
 
 template <class T>
@@ -161,7 +200,8 @@ struct ParameterParts {
 
 // One thread has the tile.
 template <class T>
-void tile_backward(const Tile& tile, const Backward& t, const ParameterParts& parts, int64_t item, const LaneLoops<T>& loops) {
+void tile_backward(const Tile& tile, const Backward& t, const ParameterParts& parts, int64_t item,
+                   const LaneLoops<T>& loops) {
   const Call& call = tile.call;
   TileLanes own, piece;
   const Lanes lanes = own.lanes();
@@ -179,6 +219,7 @@ void tile_backward(const Tile& tile, const Backward& t, const ParameterParts& pa
     loops.gradient_sums(tile, t, p * kRowsOfPiece, end_of(call, p), part, row_sums);
     add_piece(part, lanes, tile.width, false);
   }
+  if (!all_fit) mend_gradient_sums<T>(tile, t, lanes, row_sums);
   descend(tile, t, lanes);
   if (!loops.down) {
     const int64_t place = tile.a * call.lanes() + tile.lane;
@@ -216,6 +257,7 @@ bool backward_together(const Tiling& tiling, const Backward& t, const ParameterP
     const Tile tile = tiling.tile(item);
     const Lanes lanes = shared.part(0).from(place(tile));
     for (int64_t p = 0; p < pieces; ++p) add_piece(shared.part(p + 1).from(place(tile)), lanes, tile.width, false);
+    if (!fits.data[item]) mend_gradient_sums<T>(tile, t, lanes, {nullptr, nullptr});
     descend(tile, t, lanes);
     std::memcpy(parts.d_bias.data + place(tile), lanes.first, tile.width * sizeof(double));
     std::memcpy(parts.d_weight.data + place(tile), lanes.second, tile.width * sizeof(double));

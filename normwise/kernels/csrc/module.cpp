@@ -1,7 +1,7 @@
 // The Python module normwise.kernels._cpu: it chooses the instruction set, finds torch's threads and calls the kernels.
 //
-// It is written against Python's stable ABI and links neither torch nor an OpenMP library, so that one build serves every
-// Python and every torch. Tensors come as addresses; kernels/cpu.py has checked them.
+// It is written against Python's stable ABI and links neither torch nor an OpenMP library, so that one build serves
+// every Python and every torch. Tensors come as addresses; kernels/cpu.py has checked them.
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
@@ -15,6 +15,7 @@
 #endif
 
 #include "call.h"
+#include "commit.h"
 
 using normwise::Backward;
 using normwise::Call;
@@ -46,7 +47,8 @@ template <class Visit>
 void each_offered(Visit visit) {
 #ifdef NW_HAS_AVX512
   visit(Offered{&normwise_kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")});
+                                              __builtin_cpu_supports("avx512vl") &&
+                                              __builtin_cpu_supports("avx512dq")});
 #endif
 #ifdef NW_HAS_AVX2
   visit(Offered{&normwise_kernels_avx2,
@@ -68,8 +70,8 @@ std::atomic<const Kernels*> active{nullptr};
 // --- threads ------------------------------------------------------------------------------------------------------
 
 using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
-Parallel parallel = nullptr;        // libgomp's, which torch has loaded and whose threads it uses
-std::atomic<bool> forked{false};    // in a forked child the threads of the parent are gone
+Parallel parallel = nullptr;      // libgomp's, which torch has loaded and whose threads it uses
+std::atomic<bool> forked{false};  // in a forked child the threads of the parent are gone
 
 struct Job {
   std::atomic<int64_t> next{0};
@@ -80,7 +82,8 @@ struct Job {
 
 void work(void* data) {
   Job& job = *static_cast<Job*>(data);
-  for (int64_t item; (item = job.next.fetch_add(1, std::memory_order_relaxed)) < job.items;) job.body(job.context, item);
+  for (int64_t item; (item = job.next.fetch_add(1, std::memory_order_relaxed)) < job.items;)
+    job.body(job.context, item);
 }
 
 void run(const Team& team, int64_t items, void (*body)(void*, int64_t), void* context) {
@@ -111,18 +114,23 @@ bool read_call(PyObject* given, Call* call) {
   return true;
 }
 
-// The arguments after the call: addresses, 0 for none, and the number of threads.
+// Addresses, 0 for none, and counts.
 template <int kCount>
-bool read_numbers(PyObject* const* args, Py_ssize_t count, long long* numbers) {
-  if (count != kCount + 1) {
-    PyErr_Format(PyExc_TypeError, "takes %d arguments, not %zd", kCount + 1, count);
+bool read_integers(PyObject* const* args, Py_ssize_t count, long long* numbers) {
+  if (count != kCount) {
+    PyErr_Format(PyExc_TypeError, "takes %d addresses and counts, not %zd", kCount, count);
     return false;
   }
   for (int i = 0; i < kCount; ++i) {
-    numbers[i] = PyLong_AsLongLong(args[i + 1]);
+    numbers[i] = PyLong_AsLongLong(args[i]);
     if (numbers[i] == -1 && PyErr_Occurred()) return false;
   }
   return true;
+}
+
+bool read_double(PyObject* given, double* number) {
+  *number = PyFloat_AsDouble(given);
+  return *number != -1 || !PyErr_Occurred();
 }
 
 template <class E>
@@ -130,9 +138,7 @@ E* at(long long address) {
   return reinterpret_cast<E*>(static_cast<uintptr_t>(address));
 }
 
-Team team_for(const Call& call, long long threads) {
-  return {call.size() < kSmall ? 1 : int(threads), run};
-}
+Team team_for(const Call& call, long long threads) { return {call.size() < kSmall ? 1 : int(threads), run}; }
 
 PyObject* finished(bool ok) {
   if (!ok) return PyErr_NoMemory();
@@ -142,10 +148,12 @@ PyObject* finished(bool ok) {
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Call call;
   long long n[12];
-  if (!read_numbers<12>(args, count, n) || !read_call(args[0], &call)) return nullptr;
-  const Forward tensors = {at<void>(n[0]),       at<void>(n[1]),        at<void>(n[2]),          at<void>(n[3]),
-                           at<float>(n[4]),      at<float>(n[5]),       at<uint8_t>(n[6]),
-                           {at<double>(n[7]),    at<double>(n[8]),      at<double>(n[9]),        at<double>(n[10])}};
+  if (!read_integers<12>(args + 1, count - 1, n) || !read_call(args[0], &call)) return nullptr;
+  const Forward tensors = {
+      at<void>(n[0]),    at<void>(n[1]),
+      at<void>(n[2]),    at<void>(n[3]),
+      at<float>(n[4]),   at<float>(n[5]),
+      at<uint8_t>(n[6]), {at<double>(n[7]), at<double>(n[8]), at<double>(n[9]), at<double>(n[10])}};
   bool ok;
   Py_BEGIN_ALLOW_THREADS;
   ok = active.load()->forward(call, tensors, team_for(call, n[11]));
@@ -156,16 +164,37 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Call call;
   long long n[13];
-  if (!read_numbers<13>(args, count, n) || !read_call(args[0], &call)) return nullptr;
-  const Backward tensors = {at<void>(n[0]),    at<void>(n[1]),      at<void>(n[2]),  at<void>(n[3]),
-                            at<float>(n[4]),   at<float>(n[5]),     at<uint8_t>(n[6]),
-                            {at<double>(n[7]), at<double>(n[8]),    nullptr,         at<double>(n[9])},
+  if (!read_integers<13>(args + 1, count - 1, n) || !read_call(args[0], &call)) return nullptr;
+  const Backward tensors = {at<void>(n[0]),    at<void>(n[1]),
+                            at<void>(n[2]),    at<void>(n[3]),
+                            at<float>(n[4]),   at<float>(n[5]),
+                            at<uint8_t>(n[6]), {at<double>(n[7]), at<double>(n[8]), nullptr, at<double>(n[9])},
                             at<float>(n[10]),  at<float>(n[11])};
   bool ok;
   Py_BEGIN_ALLOW_THREADS;
   ok = active.load()->backward(call, tensors, team_for(call, n[12]));
   Py_END_ALLOW_THREADS;
   return finished(ok);
+}
+
+// commit(mean, m2, running_mean, running_spread, batches, columns, divisor, rate): whether the batch entered.
+PyObject* commit(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long n[6];
+  double divisor, rate;
+  if (!read_integers<6>(args, count - 2, n) || !read_double(args[6], &divisor) || !read_double(args[7], &rate))
+    return nullptr;
+  const normwise::Entry entry = {at<double>(n[0]), at<double>(n[1]), divisor};
+  const normwise::Memory memory = {at<float>(n[2]), at<float>(n[3]), at<int64_t>(n[4]), n[5]};
+  return PyBool_FromLong(normwise::commit(entry, rate, memory));
+}
+
+// recall(running_mean, running_spread, rows, columns, eps)
+PyObject* recall(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long n[4];
+  double eps;
+  if (!read_integers<4>(args, count - 1, n) || !read_double(args[4], &eps)) return nullptr;
+  normwise::recall({at<float>(n[0]), at<float>(n[1]), nullptr, n[3]}, eps, at<double>(n[2]));
+  Py_RETURN_NONE;
 }
 
 PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(active.load()->name); }
@@ -197,6 +226,8 @@ PyObject* threads(PyObject*, PyObject*) { return PyUnicode_FromString(parallel ?
 PyMethodDef methods[] = {
     {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL, nullptr},
     {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(backward)), METH_FASTCALL, nullptr},
+    {"commit", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(commit)), METH_FASTCALL, nullptr},
+    {"recall", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(recall)), METH_FASTCALL, nullptr},
     {"instruction_set", instruction_set, METH_NOARGS, "The instruction set in use."},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Those that this processor has, the widest first."},
     {"use", use, METH_O, "Use an instruction set, by name."},

@@ -20,16 +20,22 @@ void each(const Team& team, int64_t items, Body body) {
   team.run(team, items, [](void* context, int64_t item) { (*static_cast<Body*>(context))(item); }, &body);
 }
 
-// n elements that are not initialized; `data` is null if there is no memory.
+constexpr int64_t kLine = 64;  // bytes of a cache line: vectors that cross one cost twice
+
+inline int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// The next number of elements of four bytes that fills cache lines.
+inline int64_t padded(int64_t n) { return divided_up(n, kLine / 4) * (kLine / 4); }
+
+// n elements that are not initialized, from the start of a cache line; `data` is null if there is no memory.
 template <class E>
 struct Scratch {
   E* data;
-  explicit Scratch(int64_t n) : data(static_cast<E*>(std::malloc(n > 0 ? n * sizeof(E) : 1))) {}
+  explicit Scratch(int64_t n)
+      : data(static_cast<E*>(std::aligned_alloc(kLine, divided_up(n > 0 ? n * sizeof(E) : 1, kLine) * kLine))) {}
   ~Scratch() { std::free(data); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 };
-
-inline int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 }  // namespace

@@ -170,6 +170,29 @@ template <>
 inline void store_part<float>(float* y, F v, int n) {
   _mm512_mask_storeu_ps(y, __mmask16((1u << n) - 1), (__m512)v);
 }
+inline F filled(F v, int n, float fill) {
+  return (F)_mm512_mask_blend_ps(__mmask16((1u << n) - 1), _mm512_set1_ps(fill), (__m512)v);
+}
+template <>
+inline F load_part<F, BFloat16>(const BFloat16* x, int n, float fill) {
+  const __m256i narrow = _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), x);
+  return filled((F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16), n, fill);
+}
+template <>
+inline F load_part<F, Float16>(const Float16* x, int n, float fill) {
+  return filled((F)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), x)), n, fill);
+}
+template <>
+inline void store_part<BFloat16>(BFloat16* y, F v, int n) {
+  BFloat16 whole[kLanes];
+  store(whole, v);
+  _mm256_mask_storeu_epi16(y, __mmask16((1u << n) - 1), _mm256_loadu_si256((const __m256i*)whole));
+}
+template <>
+inline void store_part<Float16>(Float16* y, F v, int n) {
+  _mm256_mask_storeu_epi16(y, __mmask16((1u << n) - 1),
+                           _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 #endif
 
 inline D widen(H x) { return __builtin_convertvector(x, D); }
