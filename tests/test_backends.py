@@ -209,3 +209,17 @@ def test_the_command_ends_with_2_where_the_request_cannot_be_met() -> None:
     assert done.returncode == 2
     assert done.stdout.splitlines() == [str(backend) for backend in nw.backends()]
     assert done.stderr == f"error: NORMWISE_BACKEND='gpu': there are {NAMES}\n"
+
+
+def test_a_call_that_no_kernel_takes_is_refused_by_name() -> None:
+    code = """
+import torch, normwise as nw
+print(nw.LayerNorm(4)(torch.randn(2, 4)).shape)
+try:
+    nw.LayerNorm(4, dtype=torch.float64)(torch.randn(2, 4, dtype=torch.float64))
+except nw.BackendError as error:
+    print(error)
+"""
+    done = python(code, NORMWISE_BACKEND="cpu")
+    message = "NORMWISE_BACKEND='cpu': no compiled kernel takes this call; norm.explain(x) says why"
+    assert done.stdout == f"torch.Size([2, 4])\n{message}\n"

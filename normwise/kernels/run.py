@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normwise.kernels import closed_form, cpu
-from normwise.kernels.backends import extension, requested
+from normwise.kernels.backends import BackendError, extension, requested
 from normwise.kernels.choose import NORMALIZERS, RECOVERIES, choose
 from normwise.kernels.geometry import is_dense, lies_as
 from normwise.kernels.reference import Result, Steps, Use, placed
@@ -39,6 +39,9 @@ def run(
 
     Returns:
         The result, and the sum, if there is a residual.
+
+    Raises:
+        BackendError: the compiled kernels were asked for by name, and do not take this call.
     """
     if residual is not None and (residual.dtype != x.dtype or not residual.is_cpu or type(residual) is not type(x)):
         x = total = x + residual
@@ -47,6 +50,7 @@ def run(
     use = None if steps.recalled is None else steps.recalled.use
     kernel = None if being_traced() or x.numel() == 0 else kernel_for(x, steps, over, use)
     if kernel is None or not cpu.fits(x, weight, bias, kernel) or _is_watched(steps) or _lies_elsewhere(steps):
+        _check_request(x)
         total = x if residual is None else x + residual
         own = placed(steps.recovery, parameters, over, steps.plan, x)
         return closed_form.run(total, steps, own), None if residual is None else total
@@ -55,6 +59,12 @@ def run(
     residual = None if residual is None else _as(residual, x)
     output, total, moments = cpu.normalize_with(kernel, given, x, residual, weight, bias)  # type: ignore[assignment]
     return Result(output, moments, None), total
+
+
+def _check_request(x: Tensor) -> None:
+    """Refuse to fall back where a backend was asked for by name; whoever traces a call gets plain operations anyway."""
+    if requested() == "cpu" and not being_traced() and x.numel() > 0:
+        raise BackendError("NORMWISE_BACKEND='cpu': no compiled kernel takes this call; norm.explain(x) says why")
 
 
 def kernel_for(x: Tensor, steps: Steps, over: Over, use: Use | None) -> cpu.Kernel | None:
