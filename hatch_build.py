@@ -44,7 +44,7 @@ FLAGS = (
     "-fno-exceptions",  # what unwinds them asks for a new glibc
 )
 INSTRUCTION_SETS = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx2", "-mfma", "-mf16c"),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "portable": (),
 }
@@ -146,8 +146,14 @@ def find_compiler() -> Compiler:
 def translation_units(sets: Sequence[str]) -> list[Unit]:
     """The kernels for each instruction set, and the module that chooses among them."""
     extra = tuple(shlex.split(os.environ.get("CXXFLAGS", "")))
+    less = ("-O2",) if len(sets) > 1 else ()  # beside others, for old processors: half the time and size
     kernels = [
-        Unit("kernels.cpp", name, (*FLAGS, *INSTRUCTION_SETS[name], f"-DNW_ISA={name}", *extra)) for name in sets
+        Unit(
+            "kernels.cpp",
+            name,
+            (*FLAGS, *INSTRUCTION_SETS[name], *(less if name == "portable" else ()), f"-DNW_ISA={name}", *extra),
+        )
+        for name in sets
     ]
     present = tuple(f"-DNW_HAS_{name.upper()}" for name in sets)
     return [*kernels, Unit("module.cpp", "module", (*FLAGS, *present, *extra))]

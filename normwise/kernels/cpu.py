@@ -75,7 +75,7 @@ class Kernel:
             _ACTIVATIONS.index(steps.activation),
             0 if geometry.by_runs else 1,
             measured,
-            0,
+            geometry.has_dense_columns,
         )
 
 

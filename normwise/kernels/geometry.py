@@ -56,6 +56,11 @@ class Geometry(NamedTuple):
         return self.groups[0] + self.groups[2]
 
     @property
+    def has_dense_columns(self) -> bool:
+        """Whether the runs of a column follow one another, however many columns there are."""
+        return not self.groups[2]
+
+    @property
     def columns(self) -> int:
         """How many columns there are."""
         return self.sizes[0] * self.sizes[2]

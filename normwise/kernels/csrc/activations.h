@@ -13,10 +13,10 @@ using normwise::kNone;
 using normwise::kRelu;
 using normwise::kSilu;
 
-// e^x to two units in the last place, within the range of normal floats; nan stays nan.
-inline F exponential(F x) {
+// e^x to two units in the last place, within the range of normal floats; 0 and infinity beyond. Not of nan.
+inline F exponential(F given) {
   const F lowest = F{} - 87.33654f, highest = F{} + 88.37626f;
-  x = x < lowest ? lowest : x;
+  F x = given < lowest ? lowest : given;
   x = x > highest ? highest : x;
   const F magic = F{} + 0x1.8p23f;  // adding it rounds to a whole number, which is then in the last bits
   const F shifted = fma(x, F{} + 1.44269504f, magic);
@@ -29,11 +29,12 @@ inline F exponential(F x) {
   p = fma(p, r, F{} + 1.6666665459e-1f);
   p = fma(p, r, F{} + 5.0000001201e-1f);
   p = fma(p, r * r, r) + 1.0f;
-  return (F)((I)p + ((I)shifted << 23));
+  const F power = (F)((I)p + ((I)shifted << 23));
+  return given < lowest ? F{} : given > highest ? F{} + __builtin_inff() : power;
 }
 
-// The normal distribution's Phi(x), with a fractional error of 2e-7 in its lower tail as well.
-// Source: Press et al., Numerical Recipes, "erfcc".
+// The normal distribution's Phi(x), with a small fractional error in its lower tail as well: 2e-7 of the formula, and
+// 1e-6 in float down to -3. Source: Press et al., Numerical Recipes, "erfcc".
 inline F normal_cdf(F x) {
   const F a = (x < 0 ? -x : x) * 0.70710678f;
   const F t = 1.0f / fma(a, F{} + 0.5f, F{} + 1.0f);
@@ -51,27 +52,40 @@ inline F normal_cdf(F x) {
   return x < 0 ? tail : 1.0f - tail;
 }
 
-// The loops are compiled for no activation, for ReLU, and for any: the others cost more than a branch.
+// The loops are compiled for no activation, for ReLU, and for any: the others cost more than a call.
 enum Act { kActNone, kActRelu, kActAny };
 
-template <int kAct>
-inline F activate(F z, int activation) {
-  if (kAct == kActNone || activation == kNone) return z;
-  if (kAct == kActRelu || activation == kRelu) return z < 0 ? F{} : z;  // nan stays nan
+__attribute__((noinline)) F activate_any(F z, int activation) {
+  if (activation == kNone) return z;
+  if (activation == kRelu) return z < 0 ? F{} : z;
   if (activation == kSilu) return z / (1.0f + exponential(-z));
   return z * normal_cdf(z);
 }
 
-// The derivative at z.
 template <int kAct>
-inline F activation_slope(F z, int activation) {
-  if (kAct == kActNone || activation == kNone) return F{} + 1.0f;
-  if (kAct == kActRelu || activation == kRelu) return z > 0 ? F{} + 1.0f : F{};
+inline F activate(F z, int activation) {
+  if constexpr (kAct == kActNone) return z;
+  if constexpr (kAct == kActRelu) return z < 0 ? F{} : z;  // nan stays nan
+  return activate_any(z, activation);
+}
+
+// The derivative at z.
+__attribute__((noinline)) F any_slope(F z, int activation) {
+  if (activation == kNone) return F{} + 1.0f;
+  if (activation == kRelu) return z > 0 ? F{} + 1.0f : F{};
   if (activation == kSilu) {
     const F s = 1.0f / (1.0f + exponential(-z));
-    return s * fma(z, 1.0f - s, F{} + 1.0f);
+    return z < -88 ? F{} : s * fma(z, 1.0f - s, F{} + 1.0f);
   }
-  return fma(z * 0.39894228f, exponential(z * z * -0.5f), normal_cdf(z));
+  const F size = z < 0 ? -z : z, density = exponential(z * z * -0.5f);
+  return size > 14 ? (z > 0 ? F{} + 1.0f : F{}) : fma(z * 0.39894228f, density, normal_cdf(z));
+}
+
+template <int kAct>
+inline F activation_slope(F z, int activation) {
+  if constexpr (kAct == kActNone) return F{} + 1.0f;
+  if constexpr (kAct == kActRelu) return z > 0 ? F{} + 1.0f : F{};
+  return any_slope(z, activation);
 }
 
 // The same for one double: for columns that float cannot hold.

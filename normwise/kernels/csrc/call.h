@@ -25,7 +25,7 @@ struct Call {
   double eps;
   int32_t dtype, normalizer, activation, engine;
   int32_t measured;  // whether statistics are the batch's own; otherwise `mean` and `inverse` are given
-  int32_t reserved;
+  int32_t dense;     // whether the runs of a column follow one another, however many columns there are
 
   int64_t columns() const { return k0 * k1; }
   int64_t lanes() const { return k1 * r1; }
@@ -57,6 +57,7 @@ struct Forward {
   const float* bias;
   const uint8_t* mask;
   Statistics statistics;
+  bool streams;  // whether long runs of y are better written past the caches
 };
 
 struct Backward {
@@ -70,6 +71,7 @@ struct Backward {
   Statistics statistics;
   float* d_weight;  // null: not wanted
   float* d_bias;
+  bool streams;  // whether long runs of d_x are better written past the caches
 };
 
 // Runs `body(context, item)` for every item below `items`, each by one of at most `threads` threads.

@@ -41,13 +41,32 @@ struct Sums {
 constexpr int64_t kGuessed = 16;  // elements whose mean the sums of floats are shifted by
 
 // Whether sums of floats have lost nothing. The mean of 16 independent elements is as far away for one column in 1000.
+// V is double for one column, D for kHalf columns.
+template <class V>
+inline auto trusted(V sum, V square, V n, bool centers) {
+  const V distance = centers ? sum * sum : V{};  // times n squared
+  const V variance = square * n - distance, scale = n * n;
+  return (variance > 1e-28 * scale) & (variance < 1e28 * scale) & (distance <= 0.7 * variance);
+}
 inline bool trusted(const Sums& sums, bool centers) {
-  const double n = double(sums.count), distance = centers ? sums.sum * sums.sum : 0;  // times n squared
-  const double variance = sums.square * n - distance;
-  return variance > 1e-28 * n * n && variance < 1e28 * n * n && distance <= 0.7 * variance;
+  return trusted(sums.sum, sums.square, double(sums.count), centers);
 }
 
-// value = (x - high) * inverse + offset.
+// Whether float holds what is computed with an inverse: its square is needed, times others.
+template <class V>
+inline auto is_within_float(V inverse) {
+  return (inverse > 1e-15) & (inverse < 1e15);
+}
+
+// Whether float holds the product of an inverse and a weight.
+template <class V>
+inline auto has_slope(V inverse, V weight) {
+  const V slope = inverse * weight;
+  return ((slope > 1e-30) & (slope < 1e30)) | ((slope < -1e-30) & (slope > -1e30)) | (weight == 0);
+}
+
+// What normalizes a column: value = (x - high) * inverse + offset, and recovered by a weight w and a bias b
+// (x - high) * slope(w) + shift(w, b).
 struct Line {
   double mean, exact_inverse;
   float high, low, inverse, offset;
@@ -59,46 +78,58 @@ struct Line {
     low = float(mean - high);
     inverse = float(inverse_);
     offset = float(-double(low) * inverse_);
-    fits = inverse_ > 1e-15 && inverse_ < 1e15;  // its square is needed, times others
+    fits = is_within_float(inverse_);
   }
 
-  // value * w + b = (x - high) * slope(w) + shift(b, w).
   float slope(float w) const { return float(exact_inverse * w); }
   float shift(float w, float b) const { return float(b - double(low) * exact_inverse * w); }
 };
 
 // The gradient of x: (d_value + ((x - high) * along + level)) * inverse, with the column's means of d_value and of
-// d_value * value. What is in parentheses is exactly 0 for a column of one sample.
+// d_value * value. What is in parentheses is exactly 0 for a column of one sample. Through statistics that were not
+// measured nothing comes back: then x - high, which may be infinite, does not count.
 struct Descent {
   float along, level;
+  bool measured;
 
-  Descent(const Line& line, double mean_d, double mean_dv) {
-    const double exact = -line.exact_inverse * mean_dv;
+  Descent() = default;
+  Descent(const Call& call, const Line& line, double mean_d, double mean_dv) : measured(call.measured) {
+    const double exact = measured ? -line.exact_inverse * mean_dv : 0;
     along = float(exact);
-    level = float(-mean_d - exact * line.low);
+    level = measured ? float(-mean_d - exact * line.low) : 0;
   }
 };
 
 inline double divisor(const Call& call, double count) { return call.normalizer == kL2 ? 1 : count > 0 ? count : 1; }
 
+// What the sums of a column, or of kHalf columns, make of it.
+template <class V>
+struct Found {
+  V mean, inverse, m2;
+
+  Found(const Call& call, V sum, V square, V count, V shift) {
+    const bool centers = call.normalizer == kStandardize;
+    const V one = V{} + 1, n = count > 0 ? count : one;
+    const V from_shift = centers ? sum / n : V{};
+    m2 = centers ? square - sum * from_shift : square;
+    m2 = m2 < 0 ? V{} : m2;                                  // nan stays nan
+    const V share = call.normalizer == kL2 ? one : one / n;  // does not wait for the sums
+    V under_root = m2 * share + call.eps;
+    under_root = under_root == 0 ? V{} + double(FLT_MIN) : under_root;
+    // of a column that is not finite nothing is known, the mean included
+    mean = m2 != m2 ? m2 : centers ? shift + from_shift : V{};
+    inverse = one / square_root(under_root);
+  }
+};
+
 // Finish a column: write its statistics, return its line.
-__attribute__((always_inline)) inline Line measured(const Call& call, const Sums& sums, double shift,
-                                                    const Statistics& out, int64_t column) {
-  const bool centers = call.normalizer == kStandardize;
-  const double n = double(sums.count > 0 ? sums.count : 1);
-  const double from_shift = centers ? sums.sum / n : 0;
-  double m2 = centers ? sums.square - sums.sum * from_shift : sums.square;
-  if (m2 < 0) m2 = 0;                         // nan stays nan
-  const double share = 1 / divisor(call, n);  // does not wait for the sums
-  double under_root = m2 * share + call.eps;
-  if (under_root == 0) under_root = FLT_MIN;
-  // of a column that is not finite nothing is known, the mean included
-  const double mean = m2 != m2 ? m2 : centers ? shift + from_shift : 0, inverse = 1 / std::sqrt(under_root);
-  if (out.mean) out.mean[column] = mean;
-  if (out.inverse) out.inverse[column] = inverse;
-  if (out.m2) out.m2[column] = m2;
+inline Line measured(const Call& call, const Sums& sums, double shift, const Statistics& out, int64_t column) {
+  const Found<double> found(call, sums.sum, sums.square, double(sums.count), shift);
+  if (out.mean) out.mean[column] = found.mean;
+  if (out.inverse) out.inverse[column] = found.inverse;
+  if (out.m2) out.m2[column] = found.m2;
   if (out.count) out.count[column] = double(sums.count);
-  return Line(mean, inverse);
+  return Line(found.mean, found.inverse);
 }
 
 inline Line remembered(const Statistics& given, int64_t column) {

@@ -4,7 +4,7 @@
 #include "call.h"
 #include "lanes.h"
 #include "lanes_gradient.h"
-#include "runs.h"
+#include "runs_gradient.h"
 
 namespace {
 

@@ -27,24 +27,25 @@ constexpr int kWide = kLanes == 16 ? 4 : 2;  // vectors of lanes that are worked
 // rows, the value before recovery is (x - high) * slope + shift.
 struct Lanes {
   float *anchor, *high, *slope, *shift, *along, *level, *inverse, *weight;
-  double *first, *second;  // sums: of x - anchor and its square; backward: of d and d * (x - high)
+  float* scale;            // a power of two near the inverse
+  double *first, *second;  // sums: of x - anchor and its square; backward: of d and d * (x - high) * scale
   int64_t* count;
 
   Lanes from(int64_t lane) const {
-    return {anchor + lane,  high + lane,   slope + lane, shift + lane,  along + lane, level + lane,
-            inverse + lane, weight + lane, first + lane, second + lane, count + lane};
+    return {anchor + lane,  high + lane,   slope + lane, shift + lane, along + lane,  level + lane,
+            inverse + lane, weight + lane, scale + lane, first + lane, second + lane, count + lane};
   }
 };
 
 // Lanes of one tile, on the stack.
 struct alignas(kLine) TileLanes {
-  float floats[8][kTile];
+  float floats[9][kTile];
   double doubles[2][kTile];
   int64_t counts[kTile];
 
   Lanes lanes() {
-    return {floats[0], floats[1], floats[2],  floats[3],  floats[4], floats[5],
-            floats[6], floats[7], doubles[0], doubles[1], counts};
+    return {floats[0], floats[1], floats[2], floats[3],  floats[4],  floats[5],
+            floats[6], floats[7], floats[8], doubles[0], doubles[1], counts};
   }
 };
 
@@ -77,10 +78,12 @@ struct Tile {
   }
 };
 
-// Call body(lane, vectors, size) for chunks of lanes: of kWide vectors, of one, and of what is left.
-template <class Body>
+// Call body(lane, vectors, size) for chunks of lanes: of kMost vectors, of kWide, of one, and of what is left.
+template <int kMost = kWide, class Body>
 inline void in_chunks(int64_t width, Body body) {
   int64_t lane = 0;
+  for (; kMost > kWide && lane + kMost * kLanes <= width; lane += kMost * kLanes)
+    body(lane, std::integral_constant<int, kMost>(), std::integral_constant<int, kLanes>());
   for (; lane + kWide * kLanes <= width; lane += kWide * kLanes)
     body(lane, std::integral_constant<int, kWide>(), std::integral_constant<int, kLanes>());
   for (; lane + kLanes <= width; lane += kLanes)
@@ -96,15 +99,6 @@ struct Order {
   Order(int64_t first, int64_t last, bool from_last)
       : begin(from_last ? last - 1 : first), end(from_last ? first - 1 : last), step(from_last ? -1 : 1) {}
 };
-
-template <class E, class Size>
-inline F load_some(const E* from, Size size) {
-  return size == kLanes ? load<F>(from) : load_part<F>(from, size, 0);
-}
-template <class E, class Size>
-inline void store_some(E* to, F v, Size size) {
-  size == kLanes ? store(to, v) : store_part(to, v, size);
-}
 
 template <class Size>
 inline void add_some_to(double* to, F v, Size size) {
@@ -143,14 +137,16 @@ void find_anchors(const Tile& tile, const T* x, const uint8_t* mask, const Lanes
   }
 }
 
-// The sums of rows `first` to `last`. Chunk by chunk down all rows: the processor sees one stride.
+// The sums of rows `first` to `last`; meanwhile ask for the memory that will be written, if `y` is given. Chunk by
+// chunk down all rows: the processor sees one stride.
 template <class T, bool kMasked>
-void lane_sums(const Tile& tile, const T* x, const uint8_t* mask, int64_t first, int64_t last, const Lanes& lanes) {
+void lane_sums(const Tile& tile, const T* x, T* y, const uint8_t* mask, int64_t first, int64_t last,
+               const Lanes& lanes) {
   std::memset(lanes.first, 0, tile.width * sizeof(double));
   std::memset(lanes.second, 0, tile.width * sizeof(double));
   const bool by_row = !kMasked && mask;
   const int64_t stride = tile.call.lanes();
-  in_chunks(tile.width, [&](int64_t lane, auto vectors, auto size) {
+  in_chunks<2 * kWide>(tile.width, [&](int64_t lane, auto vectors, auto size) {
     F anchor[vectors];
     for (int v = 0; v < vectors; ++v) anchor[v] = load_some(lanes.anchor + lane + v * kLanes, size);
     const T* from = x + tile.at(first) + lane;
@@ -161,6 +157,7 @@ void lane_sums(const Tile& tile, const T* x, const uint8_t* mask, int64_t first,
       for (int64_t j = row; j < end; ++j, from += stride) {
         if (by_row && tile.is_out(mask, j)) continue;
         for (int v = 0; v < vectors; ++v) {
+          if (y) fetch_to_write(y + (from - x) + v * kLanes);
           F d = load_some(from + v * kLanes, size) - anchor[v];
           if constexpr (kMasked) d = keep(d, tile.mask(mask, j) + lane + v * kLanes, size);
           sum[v] += d;
@@ -183,7 +180,7 @@ void lane_sums(const Tile& tile, const T* x, const uint8_t* mask, int64_t first,
 
 // The statistics of a column from the sums of its lanes, or from the column itself where those are not to be trusted.
 template <class T>
-Line measure_column(const Tile& tile, const Forward& t, const T* x, const Lanes& lanes, int64_t k) {
+void measure_column(const Tile& tile, const Forward& t, const T* x, const Lanes& lanes, int64_t k) {
   const Call& call = tile.call;
   const int64_t from = k * call.r1;
   Sums sums;
@@ -192,28 +189,97 @@ Line measure_column(const Tile& tile, const Forward& t, const T* x, const Lanes&
     sums.square += lanes.second[from + s];
     sums.count += t.mask ? lanes.count[from + s] : call.r0;
   }
-  if (trusted(sums, call.normalizer == kStandardize))
-    return measured(call, sums, lanes.anchor[from], t.statistics, tile.column(k));
+  if (trusted(sums, call.normalizer == kStandardize)) {
+    measured(call, sums, lanes.anchor[from], t.statistics, tile.column(k));
+    return;
+  }
   const RunsOf<T> column(call, tile.a, tile.lane / call.r1 + k);
   const double shift = call.normalizer == kStandardize ? column.shift(x, t.mask) : 0;
-  return measured(call, column.exact_sums(x, t.mask, shift), shift, t.statistics, tile.column(k));
+  measured(call, column.exact_sums(x, t.mask, shift), shift, t.statistics, tile.column(k));
+}
+
+// What stands in a parameter for kHalf neighbouring columns of one lane each.
+inline H of_columns(const Call& call, const float* parameter, int64_t a, int64_t k, float otherwise) {
+  if (!parameter || call.weight_r0) return H{} + otherwise;
+  if (call.weight_k1 == 1 && k % call.period_k1 + kHalf <= call.period_k1)
+    return load<H>(parameter + call.weight_at(a, 0, k, 0));
+  H found;
+  for (int lane = 0; lane < kHalf; ++lane) found[lane] = parameter[call.weight_at(a, 0, k + lane, 0)];
+  return found;
+}
+
+// Statistics of kHalf columns of one lane each, as `measure_column` finds them; false if their sums are not to be
+// trusted.
+inline bool measure_columns(const Tile& tile, const Forward& t, const Lanes& lanes, int64_t k) {
+  const Call& call = tile.call;
+  const Statistics& out = t.statistics;
+  const int64_t column = tile.column(k);
+  const D sum = load(lanes.first + k), square = load(lanes.second + k);
+  D count = D{} + double(call.r0);
+  for (int lane = 0; t.mask && lane < kHalf; ++lane) count[lane] = double(lanes.count[k + lane]);
+  if (!all(trusted(sum, square, count, call.normalizer == kStandardize))) return false;
+  const Found<D> found(call, sum, square, count, widen(load<H>(lanes.anchor + k)));
+  if (out.mean) store(out.mean + column, found.mean);
+  if (out.inverse) store(out.inverse + column, found.inverse);
+  if (out.m2) store(out.m2 + column, found.m2);
+  if (out.count) store(out.count + column, count);
+  return true;
+}
+
+// The lines of kHalf columns of one lane each, from their statistics; whether all fit.
+inline bool prepare_columns(const Tile& tile, const Forward& t, const Lanes& lanes, int64_t k) {
+  const Call& call = tile.call;
+  const int64_t column = tile.column(k), of_a = tile.lane + k;
+  const D mean = t.statistics.mean ? load(t.statistics.mean + column) : D{};
+  const D inverse = load(t.statistics.inverse + column);
+  const D weight = widen(of_columns(call, t.weight, tile.a, of_a, 1));
+  const D bias = widen(of_columns(call, t.bias, tile.a, of_a, 0));
+  const H high = narrow(mean);
+  const D low = widen(narrow(mean - widen(high)));
+  store(lanes.high + k, high);
+  store(lanes.slope + k, narrow(inverse * weight));
+  store(lanes.shift + k, narrow(bias - low * inverse * weight));
+  return all(is_within_float(inverse) & (call.weight_r0 ? is_within_float(inverse) : has_slope(inverse, weight)));
+}
+
+// Whether float holds a column's line, and with each of its weights.
+inline bool fits(const Tile& tile, const Forward& t, const Line& line, int64_t k) {
+  const Call& call = tile.call;
+  bool good = line.fits;
+  for (int64_t s = 0; t.weight && !call.weight_r0 && s < call.r1; ++s)
+    good &= has_slope(line.exact_inverse, double(t.weight[call.weight_at(tile.a, 0, tile.lane / call.r1 + k, s)]));
+  return good;
+}
+
+// The line of a column, in its lanes; whether it fits.
+inline bool prepare_column(const Tile& tile, const Forward& t, const Lanes& lanes, int64_t k) {
+  const Call& call = tile.call;
+  const Line line = remembered(t.statistics, tile.column(k));
+  for (int64_t s = 0; s < call.r1; ++s) {
+    const int64_t lane = k * call.r1 + s, index = call.weight_at(tile.a, 0, tile.lane / call.r1 + k, s);
+    const bool here = !call.weight_r0;
+    const float weight = here && t.weight ? t.weight[index] : 1, bias = here && t.bias ? t.bias[index] : 0;
+    lanes.high[lane] = line.high;
+    lanes.slope[lane] = line.slope(weight);
+    lanes.shift[lane] = line.shift(weight, bias);
+  }
+  return fits(tile, t, line, k);
 }
 
 // What the lanes are normalized with: the batch's statistics, from the sums in the lanes, or given ones.
 template <class T>
 bool prepare_lanes(const Tile& tile, const Forward& t, const T* x, const Lanes& lanes) {
-  const Call& call = tile.call;
+  const bool measures = tile.call.measured, alone = tile.call.r1 == 1;
   bool all_fit = true;
-  for (int64_t k = 0; k < tile.columns(); ++k) {
-    const Line line = call.measured ? measure_column(tile, t, x, lanes, k) : remembered(t.statistics, tile.column(k));
-    all_fit = all_fit && line.fits;
-    for (int64_t s = 0; s < call.r1; ++s) {
-      const int64_t lane = k * call.r1 + s, index = call.weight_at(tile.a, 0, tile.lane / call.r1 + k, s);
-      const bool here = !call.weight_r0;
-      lanes.high[lane] = line.high;
-      lanes.slope[lane] = line.slope(here && t.weight ? t.weight[index] : 1);
-      lanes.shift[lane] = line.shift(here && t.weight ? t.weight[index] : 1, here && t.bias ? t.bias[index] : 0);
+  for (int64_t k = 0; k < tile.columns();) {
+    if (alone && k + kHalf <= tile.columns() && (!measures || measure_columns(tile, t, lanes, k))) {
+      all_fit &= prepare_columns(tile, t, lanes, k);
+      k += kHalf;
+      continue;
     }
+    if (measures) measure_column(tile, t, x, lanes, k);
+    all_fit &= prepare_column(tile, t, lanes, k);
+    ++k;
   }
   return all_fit;
 }
@@ -229,7 +295,7 @@ void lane_apply(const Tile& given, const Forward& t, const T* x, int64_t first, 
   const int activation = call.activation;
   const bool by_row = !kMasked && mask;
   const Order order(first, last, call.measured);
-  in_chunks(tile.width, [&](int64_t lane, auto vectors, auto size) {
+  in_chunks<kDown ? kWide : 2 * kWide>(tile.width, [&](int64_t lane, auto vectors, auto size) {
     F high[vectors], slope[vectors], shift[vectors];
     for (int v = 0; v < vectors; ++v) {
       const int64_t at = lane + v * kLanes;
@@ -254,11 +320,10 @@ void lane_apply(const Tile& given, const Forward& t, const T* x, int64_t first, 
 // The loops over rows, for one recovery, mask and activation; the rest is compiled once for each dtype.
 template <class T>
 struct LaneLoops {
-  bool masked;  // whether the mask has a byte for each lane
-  bool down;    // whether rows have a weight and bias of their own, and lanes none
-  void (*sums)(const Tile&, const T*, const uint8_t*, int64_t, int64_t, const Lanes&);
+  bool down;  // whether rows have a weight and bias of their own, and lanes none
+  void (*sums)(const Tile&, const T*, T*, const uint8_t*, int64_t, int64_t, const Lanes&);
   void (*apply)(const Tile&, const Forward&, const T*, int64_t, int64_t, const Lanes&);
-  void (*gradient_sums)(const Tile&, const Backward&, int64_t, int64_t, const Lanes&, const RowSums&);
+  void (*gradient_sums)(const Tile&, const Backward&, T*, int64_t, int64_t, const Lanes&, const RowSums&);
   void (*gradient)(const Tile&, const Backward&, int64_t, int64_t, const Lanes&);
 };
 
@@ -267,7 +332,7 @@ template <class T>
 void mend_forward(const Tile& tile, const Forward& t, const T* x) {
   for (int64_t k = 0; k < tile.columns(); ++k) {
     const Line line = remembered(t.statistics, tile.column(k));
-    if (!line.fits) column_forward<T>(tile.call, t, x, tile.a, tile.lane / tile.call.r1 + k, line);
+    if (!fits(tile, t, line, k)) column_forward<T>(tile.call, t, x, tile.a, tile.lane / tile.call.r1 + k, line);
   }
 }
 
@@ -275,8 +340,8 @@ template <class T>
 void add_rows(const Tile& tile, const Forward& t, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) {
     const int64_t at = tile.at(row);
-    add(static_cast<const T*>(t.x) + at, static_cast<const T*>(t.residual) + at, static_cast<T*>(t.sum) + at,
-        tile.width);
+    add_residual(static_cast<const T*>(t.x) + at, static_cast<const T*>(t.residual) + at, static_cast<T*>(t.sum) + at,
+                 tile.width);
   }
 }
 
@@ -324,6 +389,12 @@ inline void clear(const Lanes& lanes, int64_t width) {
   std::memset(lanes.count, 0, width * sizeof(int64_t));
 }
 
+// The output, if its memory is not in a cache already and is to be asked for while sums are made.
+template <class T>
+inline T* written_soon(const Call& call, void* output) {
+  return call.size() * int64_t(sizeof(T)) > (1 << 20) ? static_cast<T*>(output) : nullptr;
+}
+
 // One thread has the tile.
 template <class T>
 void tile_forward(const Tile& tile, const Forward& t, const LaneLoops<T>& loops) {
@@ -341,7 +412,7 @@ void tile_forward(const Tile& tile, const Forward& t, const LaneLoops<T>& loops)
     part.anchor = lanes.anchor;
     clear(lanes, tile.width);
     for (int64_t p = 0; p < pieces_of(call); ++p) {
-      loops.sums(tile, x, t.mask, p * kRowsOfPiece, end_of(call, p), part);
+      loops.sums(tile, x, written_soon<T>(call, t.y), t.mask, p * kRowsOfPiece, end_of(call, p), part);
       add_piece(part, lanes, tile.width, t.mask);
     }
   }
@@ -358,7 +429,7 @@ struct SharedLanes {
   int64_t lanes;  // of all a
 
   SharedLanes(int64_t lanes_, int64_t pieces)
-      : floats(8 * padded(lanes_)),
+      : floats(9 * padded(lanes_)),
         doubles(2 * padded(lanes_) * (pieces + 1)),
         counts(padded(lanes_) * (pieces + 1)),
         lanes(padded(lanes_)) {}
@@ -367,9 +438,9 @@ struct SharedLanes {
   Lanes part(int64_t p) const {
     float* f = floats.data;
     double* d = doubles.data + 2 * lanes * p;
-    return {
-        f, f + lanes, f + 2 * lanes,          f + 3 * lanes, f + 4 * lanes, f + 5 * lanes, f + 6 * lanes, f + 7 * lanes,
-        d, d + lanes, counts.data + lanes * p};
+    const auto row = [&](int i) { return f + i * lanes; };
+    return {row(0), row(1), row(2), row(3), row(4),    row(5),
+            row(6), row(7), row(8), d,      d + lanes, counts.data + lanes * p};
   }
 };
 
@@ -400,7 +471,7 @@ bool forward_together(const Tiling& tiling, const Forward& t, const Team& team, 
     each(team, tiles * pieces, [&](int64_t item) {
       const Tile tile = tiling.tile(item % tiles);
       const int64_t p = item / tiles;
-      loops.sums(tile, x, t.mask, p * kRowsOfPiece, end_of(call, p), shared.part(p + 1).from(place(tile)));
+      loops.sums(tile, x, nullptr, t.mask, p * kRowsOfPiece, end_of(call, p), shared.part(p + 1).from(place(tile)));
     });
   }
   Scratch<uint8_t> fits(tiles);

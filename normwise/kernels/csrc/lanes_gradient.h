@@ -5,18 +5,20 @@
 
 namespace {
 
-// Add the sums of a panel of rows to the lanes' sums of d and of d * (x - high); with `kDown` d includes the weight.
+// Add the sums of a panel of rows to the lanes' sums of d and of d * (x - high) * scale; with `kDown` d includes the
+// weight.
 template <class T, bool kDown, bool kMasked, int kAct>
-void panel_gradient_sums(const Tile& tile, const Backward& t, int64_t row, int64_t rows, const Lanes& lanes,
+void panel_gradient_sums(const Tile& tile, const Backward& t, T* d_x, int64_t row, int64_t rows, const Lanes& lanes,
                          const RowSums& row_sums) {
   const T *x = static_cast<const T*>(t.x), *d_y = static_cast<const T*>(t.d_y);
   F row_weight[kDown ? kPanel : 1] = {}, row_bias[kDown ? kPanel : 1] = {};
   in_chunks(tile.width, [&](int64_t lane, auto vectors, auto size) {
-    F high[vectors], slope[vectors], shift[vectors], first[vectors], second[vectors];
+    F high[vectors], slope[vectors], shift[vectors], scale[vectors], first[vectors], second[vectors];
     for (int v = 0; v < vectors; ++v) {
       const int64_t at = lane + v * kLanes;
       high[v] = load_some(lanes.high + at, size), slope[v] = load_some(lanes.slope + at, size);
-      shift[v] = load_some(lanes.shift + at, size), first[v] = second[v] = F{};
+      shift[v] = load_some(lanes.shift + at, size), scale[v] = load_some(lanes.scale + at, size);
+      first[v] = second[v] = F{};
     }
     const bool goes_on = lane + 2 * vectors * kLanes <= tile.width, by_row = !kMasked && t.mask;
     const int64_t stride = tile.call.lanes();
@@ -27,6 +29,7 @@ void panel_gradient_sums(const Tile& tile, const Backward& t, int64_t row, int64
       if (goes_on) fetch_next(x + at, vectors), fetch_next(d_y + at, vectors);
       const auto [weight, bias] = kDown ? tile.weights(t.weight, t.bias, j) : RowWeights{1, 0};
       for (int v = 0; v < vectors; ++v) {
+        if (d_x) fetch_to_write(d_x + at + v * kLanes);
         F centred = load_some(x + at + v * kLanes, size) - high[v], d = load_some(d_y + at + v * kLanes, size);
         if constexpr (kMasked) {
           const uint8_t* valid = tile.mask(t.mask, j) + lane + v * kLanes;
@@ -43,7 +46,7 @@ void panel_gradient_sums(const Tile& tile, const Backward& t, int64_t row, int64
           }
         }
         first[v] += d;
-        second[v] = fma(d, centred, second[v]);
+        second[v] = fma(d, centred * scale[v], second[v]);  // exact but for the sum
       }
     }
     for (int v = 0; v < vectors; ++v) {
@@ -60,18 +63,24 @@ void panel_gradient_sums(const Tile& tile, const Backward& t, int64_t row, int64
 }
 
 template <class T, bool kDown, bool kMasked, int kAct>
-void lane_gradient_sums(const Tile& tile, const Backward& t, int64_t first, int64_t last, const Lanes& lanes,
+void lane_gradient_sums(const Tile& tile, const Backward& t, T* d_x, int64_t first, int64_t last, const Lanes& lanes,
                         const RowSums& row_sums) {
   std::memset(lanes.first, 0, tile.width * sizeof(double));
   std::memset(lanes.second, 0, tile.width * sizeof(double));
   for (int64_t row = first; row < last; row += kPanel)
-    panel_gradient_sums<T, kDown, kMasked, kAct>(tile, t, row, last - row < kPanel ? last - row : kPanel, lanes,
+    panel_gradient_sums<T, kDown, kMasked, kAct>(tile, t, d_x, row, last - row < kPanel ? last - row : kPanel, lanes,
                                                  row_sums);
 }
 
-// high, slope and shift, as in the forward.
+// high, slope and shift, as in the forward, the inverse and the scale.
 template <class T>
 bool prepare_lines(const Tile& tile, const Backward& t, const Lanes& lanes) {
+  const double* inverse = t.statistics.inverse + tile.column(0);
+  for (int64_t k = 0; k < tile.columns(); ++k)
+    for (int64_t lane = k * tile.call.r1; lane < (k + 1) * tile.call.r1; ++lane) {
+      lanes.inverse[lane] = float(inverse[k]);
+      lanes.scale[lane] = bit_cast<float>(bit_cast<uint32_t>(float(inverse[k])) & 0x7f800000u);
+    }
   Forward given{};
   given.weight = t.weight;
   given.bias = t.bias;
@@ -105,37 +114,62 @@ void mend_gradient_sums(const Tile& tile, const Backward& t, const Lanes& lanes,
         d *= weight;
       }
       first += d;
-      second += d * (double(to_float(x[at])) - line.mean);
+      second += d * value;
     }
-    if (!line.fits)
-      lanes.first[lane] = first, lanes.second[lane] = second + line.low * first;  // `descend` takes it out
+    if (!line.fits) lanes.first[lane] = first, lanes.second[lane] = second;
   }
 }
 
-// From a tile's sums: the gradients of weight and bias for each lane, left in the sums, and what d_x is made of.
-inline void descend(const Tile& tile, const Backward& t, const Lanes& lanes) {
+// From the sums of kHalf columns of one lane each: as `descend_column`.
+inline void descend_columns(const Tile& tile, const Backward& t, const Lanes& lanes, int64_t k) {
   const Call& call = tile.call;
-  for (int64_t k = 0; k < tile.columns(); ++k) {
-    const Line line = remembered(t.statistics, tile.column(k));
-    double d = 0, dv = 0;
-    for (int64_t s = 0; s < call.r1; ++s) {
-      const int64_t lane = k * call.r1 + s, index = call.weight_at(tile.a, 0, tile.lane / call.r1 + k, s);
-      const double weight = t.weight && !call.weight_r0 ? t.weight[index] : 1;
-      lanes.second[lane] = (lanes.second[lane] - line.low * lanes.first[lane]) * line.exact_inverse;
-      d += lanes.first[lane] * weight;
-      dv += lanes.second[lane] * weight;
-    }
-    const double n = divisor(call, count_of(call, t.statistics, tile.column(k)));
-    const bool centers = call.normalizer == kStandardize;
-    const Descent descent(line, call.measured && centers ? d / n : 0, call.measured ? dv / n : 0);
-    for (int64_t s = 0; s < call.r1; ++s) {
-      const int64_t index = call.weight_at(tile.a, 0, tile.lane / call.r1 + k, s);
-      lanes.along[k * call.r1 + s] = descent.along;
-      lanes.inverse[k * call.r1 + s] = line.inverse;
-      lanes.weight[k * call.r1 + s] = t.weight && !call.weight_r0 ? t.weight[index] : 1;
-      lanes.level[k * call.r1 + s] = descent.level;
-    }
+  const int64_t column = tile.column(k);
+  const D mean = t.statistics.mean ? load(t.statistics.mean + column) : D{};
+  const D inverse = load(t.statistics.inverse + column), low = widen(narrow(mean - widen(narrow(mean))));
+  const H weight = of_columns(call, t.weight, tile.a, tile.lane + k, 1);
+  const D first = load(lanes.first + k), sum = load(lanes.second + k), scale = widen(load<H>(lanes.scale + k));
+  const D second = is_within_float(inverse) ? (sum / scale - low * first) * inverse : sum;  // or mended already
+  D n = D{} + 1;
+  if (call.normalizer != kL2) {
+    n = t.statistics.count ? load(t.statistics.count + column) : D{} + double(call.r0);
+    n = n > 0 ? n : D{} + 1;
   }
+  const bool centers = call.normalizer == kStandardize;
+  const D mean_d = call.measured && centers ? first * widen(weight) / n : D{};
+  const D along = call.measured ? -inverse * (second * widen(weight) / n) : D{};
+  store(lanes.second + k, second);
+  store(lanes.along + k, narrow(along));
+  store(lanes.level + k, call.measured ? narrow(-mean_d - along * low) : H{});
+  store(lanes.weight + k, weight);
+}
+
+// From a column's sums: the gradients of weight and bias for each lane, left in the sums, and what d_x is made of.
+inline void descend_column(const Tile& tile, const Backward& t, const Lanes& lanes, int64_t k) {
+  const Call& call = tile.call;
+  const Line line = remembered(t.statistics, tile.column(k));
+  double d = 0, dv = 0;
+  for (int64_t s = 0; s < call.r1; ++s) {
+    const int64_t lane = k * call.r1 + s, index = call.weight_at(tile.a, 0, tile.lane / call.r1 + k, s);
+    const float weight = t.weight && !call.weight_r0 ? t.weight[index] : 1;
+    if (line.fits)  // otherwise it has been mended
+      lanes.second[lane] = (lanes.second[lane] / lanes.scale[lane] - line.low * lanes.first[lane]) * line.exact_inverse;
+    lanes.weight[lane] = weight;
+    d = s ? d + lanes.first[lane] * weight : lanes.first[lane] * weight;  // whose sign counts if it is 0
+    dv = s ? dv + lanes.second[lane] * weight : lanes.second[lane] * weight;
+  }
+  const double n = divisor(call, count_of(call, t.statistics, tile.column(k)));
+  const bool centers = call.normalizer == kStandardize;
+  const Descent descent(call, line, centers ? d / n : 0, dv / n);
+  for (int64_t lane = k * call.r1; lane < (k + 1) * call.r1; ++lane) {
+    lanes.along[lane] = descent.along;
+    lanes.level[lane] = descent.level;
+  }
+}
+
+inline void descend(const Tile& tile, const Backward& t, const Lanes& lanes) {
+  int64_t k = 0;
+  for (; tile.call.r1 == 1 && k + kHalf <= tile.columns(); k += kHalf) descend_columns(tile, t, lanes, k);
+  for (; k < tile.columns(); ++k) descend_column(tile, t, lanes, k);
 }
 
 // d_x of rows `first` to `last` of a tile.
@@ -146,7 +180,7 @@ void lane_gradient(const Tile& given, const Backward& t, int64_t first, int64_t 
   const float *row_weights = t.weight, *row_biases = t.bias;
   const uint8_t* mask = t.mask;
   T* d_x = static_cast<T*>(t.d_x);
-  const bool by_row = !kMasked && mask;
+  const bool by_row = !kMasked && mask, measured = call.measured;
   const T *x = static_cast<const T*>(t.x), *d_y = static_cast<const T*>(t.d_y), *d_sum = static_cast<const T*>(t.d_sum);
   const Order order(first, last, true);
   in_chunks(tile.width, [&](int64_t lane, auto vectors, auto size) {
@@ -171,7 +205,7 @@ void lane_gradient(const Tile& given, const Backward& t, int64_t first, int64_t 
           d *= activation_slope<kAct>(kDown ? fma(value, F{} + weight, F{} + bias) : value, call.activation);
         }
         d *= kDown ? F{} + weight : weights[v];
-        F gradient = (d + fma(centred, along[v], level[v])) * inverse[v];
+        F gradient = (d + fma(only(centred, measured), along[v], level[v])) * inverse[v];
         if constexpr (kMasked) gradient = keep(gradient, tile.mask(mask, j) + lane + v * kLanes, size);
         if (out) gradient = F{};
         if (d_sum) gradient += load_some(d_sum + at, size);
@@ -193,8 +227,7 @@ void mend_backward(const Tile& tile, const Backward& t) {
 // Sums for the parameters' gradients: of each lane of each a, or with `kDown` of each row of each tile.
 struct ParameterParts {
   Scratch<double> d_weight, d_bias;
-  int64_t size;
-  explicit ParameterParts(int64_t n) : d_weight(n), d_bias(n), size(n) {}
+  explicit ParameterParts(int64_t n) : d_weight(n), d_bias(n) {}
   bool ok() const { return d_weight.data && d_bias.data; }
 };
 
@@ -207,7 +240,7 @@ void tile_backward(const Tile& tile, const Backward& t, const ParameterParts& pa
   const Lanes lanes = own.lanes();
   const bool all_fit = prepare_lines<T>(tile, t, lanes);
   Lanes part = piece.lanes();
-  part.high = lanes.high, part.slope = lanes.slope, part.shift = lanes.shift;
+  part.high = lanes.high, part.slope = lanes.slope, part.shift = lanes.shift, part.scale = lanes.scale;
   clear(lanes, tile.width);
   RowSums row_sums{nullptr, nullptr};
   if (loops.down) {
@@ -216,7 +249,7 @@ void tile_backward(const Tile& tile, const Backward& t, const ParameterParts& pa
     std::memset(row_sums.d_bias, 0, call.r0 * sizeof(double));
   }
   for (int64_t p = 0; p < pieces_of(call); ++p) {
-    loops.gradient_sums(tile, t, p * kRowsOfPiece, end_of(call, p), part, row_sums);
+    loops.gradient_sums(tile, t, written_soon<T>(call, t.d_x), p * kRowsOfPiece, end_of(call, p), part, row_sums);
     add_piece(part, lanes, tile.width, false);
   }
   if (!all_fit) mend_gradient_sums<T>(tile, t, lanes, row_sums);
@@ -251,7 +284,7 @@ bool backward_together(const Tiling& tiling, const Backward& t, const ParameterP
     const Tile tile = tiling.tile(item % tiles);
     const int64_t p = item / tiles;
     const Lanes part = shared.part(p + 1).from(place(tile));
-    loops.gradient_sums(tile, t, p * kRowsOfPiece, end_of(call, p), part, {nullptr, nullptr});
+    loops.gradient_sums(tile, t, nullptr, p * kRowsOfPiece, end_of(call, p), part, {nullptr, nullptr});
   });
   each(team, tiles, [&](int64_t item) {
     const Tile tile = tiling.tile(item);
@@ -278,22 +311,29 @@ inline bool add_parts(const Tiling& tiling, const Backward& t, const ParameterPa
   const Call& call = tiling.call;
   Scratch<double> sums(2 * call.weight_size);
   if (!sums.data) return false;
+  double *weight = sums.data, *bias = sums.data + call.weight_size;
   std::memset(sums.data, 0, 2 * call.weight_size * sizeof(double));
-  const auto put = [&](int64_t index, int64_t place) {
-    sums.data[index] += parts.d_weight.data[place];
-    sums.data[call.weight_size + index] += parts.d_bias.data[place];
+  // `count` places from `place` on, whose weights are `step` apart
+  const auto put = [&](int64_t index, int64_t step, int64_t place, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) weight[index + j * step] += parts.d_weight.data[place + j];
+    for (int64_t j = 0; j < count; ++j) bias[index + j * step] += parts.d_bias.data[place + j];
   };
   if (down) {
     for (int64_t item = 0; item < tiling.tiles(); ++item)
-      for (int64_t r = 0; r < call.r0; ++r) put(call.weight_at(item / tiling.each_a, r, 0, 0), item * call.r0 + r);
+      put(call.weight_at(item / tiling.each_a, 0, 0, 0), call.weight_r0, item * call.r0, call.r0);
+  } else if (call.r1 == 1) {
+    const int64_t period = call.weight_k1 ? call.period_k1 : call.k1;
+    for (int64_t a = 0; a < call.k0; ++a)
+      for (int64_t k = 0; k < call.k1; k += period)
+        put(call.weight_at(a, 0, k, 0), call.weight_k1, a * call.k1 + k, period < call.k1 - k ? period : call.k1 - k);
   } else {
     for (int64_t a = 0; a < call.k0; ++a)
       for (int64_t k = 0; k < call.k1; ++k)
-        for (int64_t s = 0; s < call.r1; ++s) put(call.weight_at(a, 0, k, s), (a * call.k1 + k) * call.r1 + s);
+        put(call.weight_at(a, 0, k, 0), call.weight_r1, (a * call.k1 + k) * call.r1, call.r1);
   }
   for (int64_t e = 0; e < call.weight_size; ++e) {
-    if (t.d_weight) t.d_weight[e] = float(sums.data[e]);
-    if (t.d_bias) t.d_bias[e] = float(sums.data[call.weight_size + e]);
+    if (t.d_weight) t.d_weight[e] = float(weight[e]);
+    if (t.d_bias) t.d_bias[e] = float(bias[e]);
   }
   return true;
 }
@@ -313,12 +353,8 @@ bool lanes_backward(const Call& call, const Backward& t, const Team& team, const
 
 template <class T, bool kDown, bool kMasked, int kAct>
 LaneLoops<T> lane_loops() {
-  return {kMasked,
-          kDown,
-          lane_sums<T, kMasked>,
-          lane_apply<T, kDown, kMasked, kAct>,
-          lane_gradient_sums<T, kDown, kMasked, kAct>,
-          lane_gradient<T, kDown, kMasked, kAct>};
+  return {kDown, lane_sums<T, kMasked>, lane_apply<T, kDown, kMasked, kAct>,
+          lane_gradient_sums<T, kDown, kMasked, kAct>, lane_gradient<T, kDown, kMasked, kAct>};
 }
 
 }  // namespace

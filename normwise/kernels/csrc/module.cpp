@@ -16,6 +16,7 @@
 
 #include "call.h"
 #include "commit.h"
+#include "pages.h"
 
 using normwise::Backward;
 using normwise::Call;
@@ -48,7 +49,8 @@ void each_offered(Visit visit) {
 #ifdef NW_HAS_AVX512
   visit(Offered{&normwise_kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                               __builtin_cpu_supports("avx512vl") &&
-                                              __builtin_cpu_supports("avx512dq")});
+                                              __builtin_cpu_supports("avx512dq") &&
+                                              __builtin_cpu_supports("avx512bf16")});
 #endif
 #ifdef NW_HAS_AVX2
   visit(Offered{&normwise_kernels_avx2,
@@ -138,6 +140,11 @@ E* at(long long address) {
   return reinterpret_cast<E*>(static_cast<uintptr_t>(address));
 }
 
+bool is_streamed(const Call& call, const void* output) {
+  return call.engine == normwise::kRuns &&
+         normwise::pays_to_stream(output, call.size() * (call.dtype == normwise::kFloat32 ? 4 : 2));
+}
+
 Team team_for(const Call& call, long long threads) { return {call.size() < kSmall ? 1 : int(threads), run}; }
 
 PyObject* finished(bool ok) {
@@ -149,13 +156,18 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Call call;
   long long n[12];
   if (!read_integers<12>(args + 1, count - 1, n) || !read_call(args[0], &call)) return nullptr;
-  const Forward tensors = {
-      at<void>(n[0]),    at<void>(n[1]),
-      at<void>(n[2]),    at<void>(n[3]),
-      at<float>(n[4]),   at<float>(n[5]),
-      at<uint8_t>(n[6]), {at<double>(n[7]), at<double>(n[8]), at<double>(n[9]), at<double>(n[10])}};
+  Forward tensors = {at<void>(n[0]),
+                     at<void>(n[1]),
+                     at<void>(n[2]),
+                     at<void>(n[3]),
+                     at<float>(n[4]),
+                     at<float>(n[5]),
+                     at<uint8_t>(n[6]),
+                     {at<double>(n[7]), at<double>(n[8]), at<double>(n[9]), at<double>(n[10])},
+                     false};
   bool ok;
   Py_BEGIN_ALLOW_THREADS;
+  tensors.streams = is_streamed(call, tensors.y);
   ok = active.load()->forward(call, tensors, team_for(call, n[11]));
   Py_END_ALLOW_THREADS;
   return finished(ok);
@@ -165,13 +177,20 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Call call;
   long long n[13];
   if (!read_integers<13>(args + 1, count - 1, n) || !read_call(args[0], &call)) return nullptr;
-  const Backward tensors = {at<void>(n[0]),    at<void>(n[1]),
-                            at<void>(n[2]),    at<void>(n[3]),
-                            at<float>(n[4]),   at<float>(n[5]),
-                            at<uint8_t>(n[6]), {at<double>(n[7]), at<double>(n[8]), nullptr, at<double>(n[9])},
-                            at<float>(n[10]),  at<float>(n[11])};
+  Backward tensors = {at<void>(n[0]),
+                      at<void>(n[1]),
+                      at<void>(n[2]),
+                      at<void>(n[3]),
+                      at<float>(n[4]),
+                      at<float>(n[5]),
+                      at<uint8_t>(n[6]),
+                      {at<double>(n[7]), at<double>(n[8]), nullptr, at<double>(n[9])},
+                      at<float>(n[10]),
+                      at<float>(n[11]),
+                      false};
   bool ok;
   Py_BEGIN_ALLOW_THREADS;
+  tensors.streams = is_streamed(call, tensors.d_x);
   ok = active.load()->backward(call, tensors, team_for(call, n[12]));
   Py_END_ALLOW_THREADS;
   return finished(ok);
@@ -196,6 +215,15 @@ PyObject* recall(PyObject*, PyObject* const* args, Py_ssize_t count) {
   normwise::recall({at<float>(n[0]), at<float>(n[1]), nullptr, n[3]}, eps, at<double>(n[2]));
   Py_RETURN_NONE;
 }
+
+// streams(address, bytes)
+PyObject* streams(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long n[2];
+  if (!read_integers<2>(args, count, n)) return nullptr;
+  return PyBool_FromLong(normwise::pays_to_stream(at<void>(n[0]), n[1]));
+}
+
+PyObject* last_cache(PyObject*, PyObject*) { return PyLong_FromLongLong(normwise::last_cache()); }
 
 PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(active.load()->name); }
 
@@ -228,6 +256,9 @@ PyMethodDef methods[] = {
     {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(backward)), METH_FASTCALL, nullptr},
     {"commit", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(commit)), METH_FASTCALL, nullptr},
     {"recall", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(recall)), METH_FASTCALL, nullptr},
+    {"streams", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(streams)), METH_FASTCALL,
+     "Whether an output at an address, of so many bytes, is written past the caches where its runs allow it."},
+    {"last_cache", last_cache, METH_NOARGS, "From how many bytes on that may be."},
     {"instruction_set", instruction_set, METH_NOARGS, "The instruction set in use."},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Those that this processor has, the widest first."},
     {"use", use, METH_O, "Use an instruction set, by name."},

@@ -3,12 +3,15 @@
 // F holds kLanes floats; H half as many, which as doubles fill a D. Arithmetic is the compiler's vector extension.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+
+#define NW_INLINE __attribute__((always_inline)) inline
 
 namespace {
 
@@ -107,6 +110,10 @@ inline V load(const Float16* x) {
 }
 #if defined(__AVX512F__)
 template <>
+inline F load<F>(const BFloat16* x) {
+  return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16);
+}
+template <>
 inline F load<F>(const Float16* x) {
   return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)x));
 }
@@ -115,6 +122,10 @@ inline H load<H>(const Float16* x) {
   return (H)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x));
 }
 #elif defined(__AVX2__)
+template <>
+inline F load<F>(const BFloat16* x) {
+  return (F)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x)), 16);
+}
 template <>
 inline F load<F>(const Float16* x) {
   return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x));
@@ -126,12 +137,21 @@ inline H load<H>(const Float16* x) {
 #endif
 
 inline void store(float* y, F v) { std::memcpy(y, &v, sizeof(v)); }
-inline void store(BFloat16* y, F v) {
+// To the nearest, ties to even.
+inline VectorOf<uint16_t, kLanes>::type to_bfloat16(F v) {
+#if defined(__AVX512BF16__)  // whose instruction makes zeros of denormals
+  constexpr int kDenormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, kDenormal) == 0, 1))
+    return bit_cast<VectorOf<uint16_t, kLanes>::type>(_mm512_cvtneps_pbh((__m512)v));
+#endif
   using U = VectorOf<uint32_t, kLanes>::type;
   const U bits = (U)v;
   const U rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const U safe = (v == v) ? rounded : (U{} + 0x7fc0);
-  const auto narrow = __builtin_convertvector(safe, VectorOf<uint16_t, kLanes>::type);
+  return __builtin_convertvector(safe, VectorOf<uint16_t, kLanes>::type);
+}
+inline void store(BFloat16* y, F v) {
+  const auto narrow = to_bfloat16(v);
   std::memcpy(y, &narrow, sizeof(narrow));
 }
 inline void store(Float16* y, F v) {
@@ -144,11 +164,54 @@ inline void store(Float16* y, F v) {
 #endif
 }
 
+// Stores past the caches, to a multiple of the vector's size; before others may read, `end_of_stream` is due.
+#if defined(__AVX2__)
+inline void stream(float* y, F v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(y, (__m512)v);
+#else
+  _mm256_stream_ps(y, (__m256)v);
+#endif
+}
+template <class T>
+inline void stream(T* y, F v) {
+  typename VectorOf<uint16_t, kLanes>::type narrow;
+  store(reinterpret_cast<T*>(&narrow), v);
+#if defined(__AVX512F__)
+  _mm256_stream_si256((__m256i*)y, (__m256i)narrow);
+#else
+  _mm_stream_si128((__m128i*)y, (__m128i)narrow);
+#endif
+}
+inline void end_of_stream() { _mm_sfence(); }
+#else
+template <class T>
+inline void stream(T* y, F v) {
+  store(y, v);
+}
+inline void end_of_stream() {}
+#endif
+// Whether runs of n elements are worth it: short or broken lines cost more than they save.
+template <class T>
+inline bool fits_stream(const T* y, int64_t n) {
+  return n * sizeof(T) >= 1024 && n % kLanes == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
+}
+
+// Ask for what will be written, or read, soon.
+template <class T>
+inline void fetch_to_write(T* y) {
+  __builtin_prefetch(y, 1);
+}
+template <class T>
+inline void fetch(const T* x) {
+  __builtin_prefetch(x);
+}
+
 // The first n elements of a vector; the others are `fill`.
 template <class V, class T>
 inline V load_part(const T* x, int n, float fill) {
   V v = V{} + fill;
-  for (int lane = 0; lane < n; ++lane) v[lane] = to_float(x[lane]);
+  for (int lane = 0; lane < int(sizeof(V) / sizeof(float)) && lane < n; ++lane) v[lane] = to_float(x[lane]);
   return v;
 }
 template <class T>
@@ -184,9 +247,7 @@ inline F load_part<F, Float16>(const Float16* x, int n, float fill) {
 }
 template <>
 inline void store_part<BFloat16>(BFloat16* y, F v, int n) {
-  BFloat16 whole[kLanes];
-  store(whole, v);
-  _mm256_mask_storeu_epi16(y, __mmask16((1u << n) - 1), _mm256_loadu_si256((const __m256i*)whole));
+  _mm256_mask_storeu_epi16(y, __mmask16((1u << n) - 1), bit_cast<__m256i>(to_bfloat16(v)));
 }
 template <>
 inline void store_part<Float16>(Float16* y, F v, int n) {
@@ -195,15 +256,56 @@ inline void store_part<Float16>(Float16* y, F v, int n) {
 }
 #endif
 
+// One instruction each, which compilers do not find for __builtin_convertvector.
+#if defined(__AVX512F__)
+inline D widen(H x) { return (D)_mm512_cvtps_pd((__m256)x); }
+inline H narrow(D x) { return (H)_mm512_cvtpd_ps((__m512d)x); }
+#elif defined(__AVX2__)
+inline D widen(H x) { return (D)_mm256_cvtps_pd((__m128)x); }
+inline H narrow(D x) { return (H)_mm256_cvtpd_ps((__m256d)x); }
+#else
 inline D widen(H x) { return __builtin_convertvector(x, D); }
+inline H narrow(D x) { return __builtin_convertvector(x, H); }
+#endif
+
+inline double square_root(double x) { return std::sqrt(x); }
+inline D square_root(D x) {
+#if defined(__AVX512F__)
+  return (D)_mm512_sqrt_pd((__m512d)x);
+#elif defined(__AVX2__)
+  return (D)_mm256_sqrt_pd((__m256d)x);
+#else
+  for (int lane = 0; lane < kHalf; ++lane) x[lane] = std::sqrt(x[lane]);
+  return x;
+#endif
+}
+
+inline D load(const double* x) {
+  D v;
+  std::memcpy(&v, x, sizeof(v));
+  return v;
+}
+inline void store(double* x, D v) { std::memcpy(x, &v, sizeof(v)); }
+inline void store(float* x, H v) { std::memcpy(x, &v, sizeof(v)); }
+// A bit for each lane in which a comparison holds.
+inline unsigned lanes_of(L mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi64_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return _mm256_movemask_pd((__m256d)mask);
+#else
+  return (mask[0] & 1) | (mask[1] & 2);
+#endif
+}
+inline bool all(L mask) { return lanes_of(mask) == (1u << kHalf) - 1; }
 
 // Both halves of a vector.
 #if defined(__AVX512F__)
-inline H low(F x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7); }
-inline H high(F x) { return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15); }
+inline H low(F x) { return (H)_mm512_castps512_ps256((__m512)x); }
+inline H high(F x) { return (H)_mm512_extractf32x8_ps((__m512)x, 1); }
 #elif defined(__AVX2__)
-inline H low(F x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3); }
-inline H high(F x) { return __builtin_shufflevector(x, x, 4, 5, 6, 7); }
+inline H low(F x) { return (H)_mm256_castps256_ps128((__m256)x); }
+inline H high(F x) { return (H)_mm256_extractf128_ps((__m256)x, 1); }
 #else
 inline H low(F x) { return __builtin_shufflevector(x, x, 0, 1); }
 inline H high(F x) { return __builtin_shufflevector(x, x, 2, 3); }
@@ -241,6 +343,26 @@ inline double total(D v) {
   return two[0] + two[1];
 }
 inline D halves(F x) { return widen(low(x)) + widen(high(x)); }
+
+// The sums of the lanes of eight vectors.
+inline void totals(const D* v, double* sums) {
+#if defined(__AVX512F__)
+  const auto folded = [&](int i, int j) {  // four sums of each
+    return __builtin_shufflevector(v[i], v[j], 0, 1, 2, 3, 8, 9, 10, 11) +
+           __builtin_shufflevector(v[i], v[j], 4, 5, 6, 7, 12, 13, 14, 15);
+  };
+  const auto twice = [](D a, D b) {  // two sums of each
+    return __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13) +
+           __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15);
+  };
+  const D even = twice(folded(0, 2), folded(4, 6)), odd = twice(folded(1, 3), folded(5, 7));
+  const D found = __builtin_shufflevector(even, odd, 0, 8, 2, 10, 4, 12, 6, 14) +
+                  __builtin_shufflevector(even, odd, 1, 9, 3, 11, 5, 13, 7, 15);
+  std::memcpy(sums, &found, sizeof(found));
+#else
+  for (int i = 0; i < 8; ++i) sums[i] = total(v[i]);
+#endif
+}
 inline double total(F x) { return total(halves(x)); }
 
 // x[0..n) += the lanes of v.
@@ -256,6 +378,19 @@ inline void add_to(double* x, F v) {
 inline void add_part_to(double* x, F v, int n) {
   for (int lane = 0; lane < n; ++lane) x[lane] += v[lane];
 }
+
+// All of a vector, where `size` says so when it is compiled, or its first elements.
+template <class T, class Size>
+inline F load_some(const T* from, Size size, float fill = 0) {
+  return size == kLanes ? load<F>(from) : load_part<F>(from, size, fill);
+}
+template <class T, class Size>
+inline void store_some(T* to, F v, Size size) {
+  size == kLanes ? store(to, v) : store_part(to, v, size);
+}
+
+// x, or zeros whatever x is.
+inline F only(F x, bool counts) { return (F)((I)x & (counts ? ~I{} : I{})); }
 
 // x where the mask's bytes are set and 0 elsewhere, whatever stands there; `n` bytes are read.
 inline F keep(F x, const uint8_t* mask, int n = kLanes) {
