@@ -38,7 +38,7 @@ def recall(store: Store, batch: Tensor, owner: object, *, enters: bool) -> Store
     run = _see_operator if being_traced() else _see
     slack = _SLACK if torch.compiler.is_compiling() else 0.0
     run(remembered, seen, batch, slack, enters, str(owner) if being_traced() else owner)
-    first_seen = [kept.clone() for kept in seen[1:-1]]
+    first_seen = (_copies_operator if being_traced() else _copies)(list(seen[1:-1]))
     statistics = tuple(first_seen[: len(store.statistics)])
     return store._replace(statistics=statistics, batches=None if store.batches is None else first_seen[-1])
 
@@ -98,3 +98,25 @@ def _see_one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[No
     for example in range(info.batch_size):
         _see_operator(*(example_of(arg, dim, example) for arg, dim in zip(args, in_dims, strict=True)))
     return None, None
+
+
+def _copies(kept: Sequence[Tensor]) -> list[Tensor]:
+    return [x.clone() for x in kept]
+
+
+# Traced, the copies after `see` are an operator too: where torch's CPU compiler fuses loops of different shapes, it may
+# forget that an operator has changed what a loop reads, and read before that (pytorch issue 185509). It never moves an
+# operator across another that changes its inputs.
+_copies_operator = torch.library.custom_op(
+    "normwise::copies", _copies, mutates_args=(), schema="(Tensor[] kept) -> Tensor[]"
+)
+
+
+@_copies_operator.register_fake
+def _copies_fakely(kept: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(x) for x in kept]
+
+
+@_copies_operator.register_vmap
+def _copies_of_all(info: Any, in_dims: tuple[Any, ...], kept: Sequence[Tensor]) -> tuple[list[Tensor], list[Any]]:
+    return _copies_operator(kept), list(in_dims[0] or [None] * len(kept))
