@@ -29,6 +29,19 @@ class Line(NamedTuple):
             values = view - offset if values is view else minus(values, offset)
         return only(view * self.inverse if values is view else times(values, self.inverse), valid)
 
+    def recovered(self, view: Tensor, weight: Tensor | float, bias: Tensor | float) -> Tensor:
+        """The normalized values * weight + bias, multiplied out: left * slope + (bias - rest * slope).
+
+        `left` is x * scale without all offsets but the last, which is `rest`, and `slope` is inverse * weight. It loses
+        no digits where there is more than one offset: the last is then what rounding left of the column's mean.
+        """
+        *others, rest = self.offsets
+        left = view if self.scale is None else view * self.scale
+        for offset in others:
+            left = left - offset
+        slope = self.inverse * weight
+        return left * slope + (bias - rest * slope)
+
     @property
     def slope(self) -> Tensor:
         """The derivative of a value by its own x, statistics held fixed."""

@@ -12,12 +12,13 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from normwise.moments import Moments, only
-from normwise.normalizers import Line, Normalizer
+from normwise.normalizers import Line, Normalizer, Standardize
 from normwise.plan import Over, Plan, place
 from normwise.pointwise import FUNCTIONS, Activation
-from normwise.recoveries import Recovery
+from normwise.recoveries import Affine, Recovery
 
 Parameters: TypeAlias = Sequence[Tensor | float]
 Use: TypeAlias = Literal["instead", "fallback", "correct"]
@@ -77,7 +78,10 @@ def four_steps(x: Tensor, steps: Steps, parameters: Parameters = ()) -> Result:
         values, result = view, Result(view, None, None)
     else:
         values, result = _normalize(view, steps, x.dtype)
-    if steps.recovery is not None:
+    if result.line is not None and _multiplies_out(steps, parameters):
+        weight, bias = parameters
+        values = result.line.recovered(view, weight, bias)
+    elif steps.recovery is not None:
         values = steps.recovery.recover(values, *parameters)
     if steps.activation is not None:
         values = FUNCTIONS[steps.activation].apply(values)
@@ -122,6 +126,23 @@ def _normalize(view: Tensor, steps: Steps, dtype: torch.dtype) -> tuple[Tensor, 
             r, d = result.correction
             values = values * r + d
     return values, result
+
+
+def _multiplies_out(steps: Steps, parameters: Parameters) -> bool:
+    """Whether a compiler is shown one slope for each column and weight, and not the normalized values.
+
+    Gradients of statistics, weight and bias are then all made of two sums over the elements with the same slope, in one
+    loop; from values they are sums over different axes, in a loop each. There must be such elements: those of a
+    normalized axis that the parameters do not run along. A mask and remembered statistics need the values themselves,
+    and a remembered mean is too large to be multiplied out.
+    """
+    if not is_compiling() or type(steps.normalizer) is not Standardize or type(steps.recovery) is not Affine:
+        return False
+    if steps.valid is not None or steps.recalled is not None:
+        return False
+    shapes = [parameter.shape for parameter in parameters if isinstance(parameter, Tensor)]
+    view, reduced = steps.plan.view, steps.plan.reduced
+    return any(view[dim] != 1 and all(shape[dim] == 1 for shape in shapes) for dim in reduced)
 
 
 def _where(condition: Tensor, a: Line, b: Line) -> Line:
