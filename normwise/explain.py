@@ -15,7 +15,7 @@ from normwise.kernels.backends import extension, requested
 from normwise.kernels.choose import Choice, choose, plainly, readable
 from normwise.kernels.reference import Use
 from normwise.memory import falls_back
-from normwise.plan import Over, Plan, make_plan, memory_word, over_shape
+from normwise.plan import Over, Plan, becomes_contiguous, make_plan, memory_word, over_shape
 from normwise.spec import NormSpec
 
 
@@ -42,6 +42,7 @@ class Explanation:
     activation: str | None
     parameters: dict[str, tuple[int, ...]]
     word: str
+    becomes_contiguous: bool
     kernel: str
     reason: str
     evaluation_kernel: str
@@ -61,7 +62,7 @@ class Explanation:
             f"2 normalize  {self.normalizer}; {self.columns} columns, {where}",
             *self._memory_lines(),
             f"3 recover    {self._recover_line()}",
-            f"4 output     {self.shape}, {self.dtype}, in the input's memory format",
+            f"4 output     {self.shape}, {self.dtype}, {self._lies()}",
             f"memory word  {self.word or 'a single element'} (K kept, R normalized over, outermost in memory first)",
             f"kernel       {self.kernel}: {self.reason}",
             *self._evaluation_lines(),
@@ -69,6 +70,11 @@ class Explanation:
             f"traffic      at least {readable(self.bytes_moved)}: the input read once, the output written once",
         ]
         return "\n".join(lines)
+
+    def _lies(self) -> str:
+        if self.becomes_contiguous:
+            return "contiguous, because the last axes lie apart in the input's memory"
+        return "in the input's memory format"
 
     def _recover_line(self) -> str:
         then = "" if self.activation is None else f", then {self.activation}"
@@ -108,6 +114,7 @@ def explain(spec: NormSpec, shape: Sequence[int] | Tensor) -> Explanation:
         activation=spec.activation,
         parameters={} if spec.recovery is None else _over(tuple(spec.recovery.parameters), spec.parameter_over, plan),
         word=memory_word(plan, tensor.stride()),
+        becomes_contiguous=becomes_contiguous(plan, tensor.stride()),
         kernel=training.kernel,
         reason=training.reason,
         evaluation_kernel=evaluation.kernel,

@@ -156,7 +156,9 @@ class LayerNorm(Named, nn.LayerNorm):  # type: ignore[misc]  # eps is an attribu
         device, dtype: Of the parameters.
         activation: Applied to the output in the same pass, as in `Norm`: "relu", "silu" or "gelu".
 
-    Differences from torch: right to float32's last digits for large means (torch loses 1e-3 at mean 1e4).
+    Differences from torch: right to float32's last digits for large means (torch loses 1e-3 at mean 1e4). The output is
+    contiguous, as torch's is, where an example's features lie apart in memory, as in `x.permute(0, 2, 3, 1)` of
+    images; otherwise the order of the axes in memory is kept, which torch loses.
 
     Source: Ba, Kiros, Hinton, arXiv:1607.06450.
 

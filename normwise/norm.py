@@ -53,7 +53,9 @@ class Norm(Remembering):
         **named_sizes: Axis sizes, as `g=8`.
 
     Shapes:
-        input: as the pattern says. output: the same shape, dtype and memory format.
+        input: as the pattern says. output: the same shape and dtype, and the same memory format, or order of axes in
+            memory; but contiguous where the last axes are normalized over, by name, and lie apart in memory, as those
+            of `x.permute(0, 2, 3, 1)` do.
 
     Statistics are computed in float32 at least, and so are the parameters and the activation applied.
 

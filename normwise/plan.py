@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -135,6 +135,38 @@ def memory_word(plan: Plan, strides: Sequence[int]) -> str:
     outermost_first = sorted((dim for dim, size in enumerate(plan.view) if size != 1), key=lambda dim: -lies[dim])
     letters = ["R" if dim in plan.reduced else "K" for dim in outermost_first]
     return "".join(letter for letter, _ in groupby(letters))
+
+
+def becomes_contiguous(plan: Plan, strides: Sequence[int]) -> bool:
+    """Whether the result is contiguous, although the input is a view that is not.
+
+    It is where the last axes are normalized over, by name, and an axis that is kept lies closer together in memory than
+    they do: the next matrix product reads rows, and would have to copy them. torch.nn.LayerNorm does the same. `[...]`
+    is no row, but an image's positions; and channels_last is kept whatever is normalized over.
+
+    >>> from normwise.pattern import parse
+    >>> becomes_contiguous(make_plan(parse("... [d]"), (8, 4, 4, 64)), (1024, 4, 1, 16))  # x.permute(0, 2, 3, 1)
+    True
+    >>> becomes_contiguous(make_plan(parse("... [d]"), (8, 32, 64)), (64, 512, 1))  # x.transpose(0, 1)
+    False
+    """
+    first = plan.reduced[0]
+    if plan.reduced != tuple(range(first, len(plan.view))):
+        return False
+    if ELLIPSIS in plan.names[first:] or _is_channels_last(plan.shape, strides):
+        return False
+    lies = view_strides(plan, strides)
+    # an axis of one element lies nowhere, and one that is repeated lies wherever a copy has it
+    real = [dim for dim, size in enumerate(plan.view) if size != 1 and lies[dim] != 0]
+    return any(lies[kept] < lies[row] for kept in real if kept < first for row in real if row >= first)
+
+
+def _is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether an image or a volume lies in torch's memory format of that name, with or without gaps."""
+    if len(shape) not in (4, 5):
+        return False
+    in_order = [strides[dim] for dim in (0, *range(2, len(shape)), 1) if shape[dim] != 1]
+    return shape[1] != 1 and all(outer >= inner for outer, inner in pairwise(in_order))
 
 
 def view_strides(plan: Plan, strides: Sequence[int]) -> list[int]:

@@ -99,6 +99,32 @@ def test_lines(norm: Norm, shape: tuple[int, ...], line: str) -> None:
     assert line in str(norm.explain(shape)).splitlines()
 
 
+@pytest.mark.parametrize(
+    ("norm", "x", "line"),
+    [
+        (
+            nw.LayerNorm(8),
+            torch.empty(2, 8, 5, 6, device="meta").permute(0, 2, 3, 1),
+            "4 output     (2, 5, 6, 8), float32, contiguous, because the last axes lie apart in the input's memory",
+        ),
+        (
+            nw.LayerNorm(8),
+            torch.empty(5, 2, 8, device="meta").transpose(0, 1),
+            "4 output     (2, 5, 8), float32, in the input's memory format",
+        ),
+        (
+            nw.InstanceNorm(8),
+            torch.empty(2, 5, 8, device="meta").mT,
+            "4 output     (2, 8, 5), float32, in the input's memory format",
+        ),
+    ],
+)
+def test_the_order_of_the_output(norm: Norm, x: torch.Tensor, line: str) -> None:
+    found = norm.explain(x)
+    assert line in str(found).splitlines()
+    assert found.to_dict()["becomes_contiguous"] is ("contiguous" in line)
+
+
 def test_a_shape_that_does_not_fit_is_an_error() -> None:
     with pytest.raises(nw.ShapeError, match="axis 'c' has size 3, but dimension 1 has 4"):
         nw.BatchNorm(3).explain((2, 4))
@@ -125,6 +151,13 @@ class Own(nw.Standardize):
             torch.empty(8, 4, 5, 20),
             "cpu",
             "C++ for RKR, columns of 3.2 kB in 8 runs: measured, then normalized from the cache if they fit",
+        ),
+        (
+            nw.LayerNorm(8),
+            torch.empty(2, 8, 5).mT,
+            "cpu",
+            "C++ for KR of a contiguous copy, columns of 32 bytes in one run: measured, then normalized from the cache "
+            "if they fit",
         ),
         (
             nw.LayerNorm(8),

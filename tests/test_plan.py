@@ -9,7 +9,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from normwise.pattern import parse
-from normwise.plan import Over, Plan, averaged, gather, make_plan, memory_word, over_shape, place, plan_for
+from normwise.plan import (
+    Over,
+    Plan,
+    averaged,
+    becomes_contiguous,
+    gather,
+    make_plan,
+    memory_word,
+    over_shape,
+    place,
+    plan_for,
+)
 
 
 @st.composite
@@ -106,6 +117,32 @@ def test_eager_calls_share_one_plan() -> None:
     pattern = parse("[n] c")
     assert plan_for(pattern, torch.Size((4, 3)), ()) is plan_for(parse(" [n]  c"), torch.Size((4, 3)), ())
     assert plan_for(pattern, torch.Size((5, 3)), ()).rows == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "x", "expected"),
+    [
+        ("... [d]", torch.empty(8, 64, 4, 4).permute(0, 2, 3, 1), True),
+        ("... [d]", torch.empty(8, 64, 4).mT, True),
+        ("n t [d]", torch.empty(8, 64, 4).mT, True),
+        ("n ([d])", torch.empty(64, 8).T, True),
+        ("... [d]", torch.empty(8, 64, 1).mT, False),  # the axis that is kept has one element: it lies nowhere
+        ("... [d]", torch.empty(32, 8, 64).transpose(0, 1), False),
+        ("... [d e]", torch.empty(8, 6, 4).mT, False),  # a row in one piece, though in another order
+        ("... [d e]", torch.empty(6, 8, 4).transpose(0, 1), True),
+        ("... [d]", torch.empty(64).expand(8, 64), False),
+        ("n c [...]", torch.empty(8, 4, 64).mT, False),
+        ("n c [l]", torch.empty(8, 4, 64).mT, True),
+        ("n c [h w]", torch.empty(8, 4, 5, 64).permute(0, 3, 1, 2), False),  # channels_last
+        ("n c [d h w]", torch.empty(8, 3, 4, 5, 64).permute(0, 4, 1, 2, 3), False),
+        ("n c [h w]", torch.empty(4, 5, 8, 64).permute(2, 3, 0, 1), True),
+        ("n [c] ...", torch.empty(8, 64, 4, 4), False),
+        ("[n] c", torch.empty(8, 64).T, False),
+        ("[n] c [l]", torch.empty(8, 4, 64).mT, False),
+    ],
+)
+def test_what_becomes_contiguous(text: str, x: torch.Tensor, expected: bool) -> None:
+    assert becomes_contiguous(make_plan(parse(text), tuple(x.shape)), x.stride()) is expected
 
 
 def _images(memory_format: torch.memory_format) -> tuple[int, ...]:

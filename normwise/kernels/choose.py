@@ -14,7 +14,7 @@ from normwise.kernels.backends import Request
 from normwise.kernels.geometry import Geometry, Misfit, geometry_of, is_dense
 from normwise.kernels.reference import Use
 from normwise.normalizers import L2, RMS, Normalizer, Standardize
-from normwise.plan import Over, Plan, memory_word
+from normwise.plan import Over, Plan, becomes_contiguous, memory_word
 from normwise.recoveries import Affine, OffsetScale, Recovery, Scale
 
 NORMALIZERS: tuple[type[Normalizer], ...] = (Standardize, RMS, L2)  # in the order of csrc/call.h
@@ -47,7 +47,7 @@ def choose(
 
     Args:
         plan: Of the input.
-        strides: Of the input, which is copied to be dense if it is not.
+        strides: Of the input, which is copied if it is not dense, or is to become contiguous.
         dtype: Of the input.
         device: "cpu", "cuda", ...
         normalizer: Step 2.
@@ -60,12 +60,11 @@ def choose(
     refusal = _refusal(dtype, device, normalizer, recovery, use, request=request, available=available)
     if refusal:
         return plainly(refusal)
-    dense = strides if is_dense(plan.shape, strides) else _dense_strides(plan.shape, strides)
-    found = geometry_of(plan, dense, over)
+    read, copied = _read(plan, strides)
+    found = geometry_of(plan, read, over)
     if isinstance(found, Misfit):
         return plainly(found.reason)
-    word = memory_word(plan, dense) or "one element"
-    copied = "" if dense == strides else " of a copy without gaps"
+    word = memory_word(plan, read) or "one element"
     return Choice("cpu", f"C++ for {word}{copied}, {_work(found, dtype, use)}", found)
 
 
@@ -131,6 +130,11 @@ _MIXED: dict[Use | None, str] = {
 }
 
 
-def _dense_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
-    """Those of a dense copy, which keeps the order of the axes."""
-    return torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
+def _read(plan: Plan, strides: Sequence[int]) -> tuple[Sequence[int], str]:
+    """The strides of what a kernel reads, and what that is: the input itself, or a copy of it."""
+    if becomes_contiguous(plan, strides):
+        return torch.empty(plan.shape, device="meta").stride(), " of a contiguous copy"
+    if is_dense(plan.shape, strides):
+        return strides, ""
+    in_order = torch.empty_like(torch.empty_strided(plan.shape, strides, device="meta"))
+    return in_order.stride(), " of a copy without gaps"

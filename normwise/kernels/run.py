@@ -14,7 +14,7 @@ from normwise.kernels.choose import NORMALIZERS, RECOVERIES, choose
 from normwise.kernels.geometry import is_dense, lies_as
 from normwise.kernels.reference import Result, Steps, Use, placed
 from normwise.kernels.short import MOST_COLUMNS, Ready, made_ready
-from normwise.plan import Over
+from normwise.plan import Over, Plan, becomes_contiguous
 from normwise.transforms import being_traced
 
 
@@ -43,6 +43,7 @@ def run(
     Raises:
         BackendError: the compiled kernels were asked for by name, and do not take this call.
     """
+    x = _in_rows(x, steps.plan)
     if residual is not None and (residual.dtype != x.dtype or not residual.is_cpu or type(residual) is not type(x)):
         x = total = x + residual
         return run(x, steps, parameters, over, remembers=remembers)[0], total
@@ -59,6 +60,13 @@ def run(
     residual = None if residual is None else _as(residual, x)
     output, total, moments = cpu.normalize_with(kernel, given, x, residual, weight, bias)  # type: ignore[assignment]
     return Result(output, moments, None), total
+
+
+def _in_rows(x: Tensor, plan: Plan) -> Tensor:
+    """The input, or its contiguous copy: whatever is computed lies as what it is computed from."""
+    if x.layout is torch.strided and not x.is_contiguous() and becomes_contiguous(plan, x.stride()):
+        return x.contiguous()
+    return x
 
 
 def _check_request(x: Tensor) -> None:
@@ -87,12 +95,13 @@ def ready_for(x: Tensor, steps: Steps, over: Over, use: Use | None, remembered: 
         use: What remembered statistics are for.
         remembered: The axes of the memory, which must number the columns as the kernel does; None: there is none.
     """
+    given, x = x, _in_rows(x, steps.plan)
     if x.numel() == 0 or not is_dense(x.shape, x.stride()):
         return None
     kernel = kernel_for(x, steps, over, use)
     if kernel is None or kernel.columns > MOST_COLUMNS or not (remembered is None or _in_order(kernel, remembered)):
         return None
-    return made_ready(kernel, x.stride(), use, has_memory=remembered is not None)
+    return made_ready(kernel, x.stride(), use, has_memory=remembered is not None, is_copied=x is not given)
 
 
 def _in_order(kernel: cpu.Kernel, over: Over) -> bool:

@@ -43,19 +43,22 @@ class Ready(NamedTuple):
 
     kernel: Kernel
     call: bytes  # the kernel's, for measured statistics or for given ones
-    strides: tuple[int, ...]  # the input's
+    strides: tuple[int, ...]  # as the kernel reads the input: its own, or contiguous
     plan: Plan
     rows: int
     numbers: int  # of the statistics
     use: Use | None  # what remembered statistics are for: "instead" of the batch's, or nothing
     has_memory: bool
+    is_copied: bool  # whether the input does not lie as the kernel reads it
 
 
-def made_ready(kernel: Kernel, strides: tuple[int, ...], use: Use | None, *, has_memory: bool) -> Ready:
-    """For inputs with these strides, whose shape the kernel was made for."""
+def made_ready(
+    kernel: Kernel, strides: tuple[int, ...], use: Use | None, *, has_memory: bool, is_copied: bool
+) -> Ready:
+    """For inputs that are read with these strides, and have the shape that the kernel was made for."""
     call = kernel.bytes_measured if use is None else kernel.bytes_given
-    plan = kernel.steps.plan
-    return Ready(kernel, call, strides, plan, plan.rows, kernel.columns * (3 if has_memory else 2), use, has_memory)
+    plan, numbers = kernel.steps.plan, kernel.columns * (3 if has_memory else 2)
+    return Ready(kernel, call, strides, plan, plan.rows, numbers, use, has_memory, is_copied)
 
 
 def room(ready: Ready) -> Numbers:
@@ -79,10 +82,12 @@ def normalize(ready: Ready, statistics: Numbers, x: Tensor, weight: Tensor | Non
     Args:
         ready: Made for such an input.
         statistics: From `room`. Given ones are inverse, mean and what the inverse was made of.
-        x: The input.
+        x: The input; copied if it does not lie as the kernel reads it.
         weight: The recovery's, as `cpu.fits` wants it.
         bias: The recovery's.
     """
+    if ready.is_copied:
+        x = x.contiguous()
     if torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
