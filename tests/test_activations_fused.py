@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -12,43 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, jacfwd, jacrev, vmap
-from torch.nn import functional as F
 
 import normwise as nw
-from normwise import L2, RMS, Affine, Frozen, Moving, Norm, NormwiseError, PatternError, Renorm, Scale
-from normwise.recoveries import OffsetScale
+from normwise import RMS, Affine, Moving, Norm, NormwiseError, PatternError
 from normwise.spec import NormSpec
-from normwise.surgery import converters
-from normwise.surgery.swap import renew
+from tests.activated import FUNCTIONS, KINDS, SHAPE, activations
 from tests.catalogue import CASES, Case, randomize
-from tests.test_fold import check_same as check_outputs
-from tests.test_fold import folded, line, truth
-from tests.test_swap import quietly, refusal
-from tests.tolerances import COMPILED, DOUBLE, GRADIENTS, MODEL_OUTPUTS, VALUES, check
-
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "silu": F.silu, "gelu": F.gelu}
-LAYERS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
-NAMES = tuple(FUNCTIONS)
-OPEN = Renorm(r_max=1.5, d_max=0.5, warmup=0, r_ramp=0, d_ramp=0)
-KINDS: dict[str, Callable[..., Norm]] = {
-    "BatchNorm": lambda **o: nw.BatchNorm(6, **o),
-    "InstanceNorm": lambda **o: nw.InstanceNorm(6, affine=True, track_running_stats=True, **o),
-    "LayerNorm": lambda **o: nw.LayerNorm(5, **o),
-    "RMSNorm": lambda **o: nw.RMSNorm(5, **o),
-    "GroupNorm": lambda **o: nw.GroupNorm(2, 6, **o),
-    "LayerNorm2d": lambda **o: nw.LayerNorm2d(6, **o),
-    "RMSNorm2d": lambda **o: nw.RMSNorm2d(6, **o),
-    "no recovery": lambda **o: Norm("n [c] ...", **o),
-    "bias over others": lambda **o: Norm("n [c] ...", RMS(1e-3), Affine("c"), c=6, **o),
-    "scale": lambda **o: Norm("[n] c d", recovery=Scale("d c"), memory=Frozen("c"), c=6, d=5, **o),
-    "offset": lambda **o: Norm("n c [d]", recovery=OffsetScale("d"), d=5, **o),
-    "euclidean": lambda **o: Norm("n c [d]", L2(), Affine("c"), c=6, **o),
-    "corrected": lambda **o: Norm("[n] c d", None, Affine("c"), Moving("c", decay=0.9, renorm=OPEN), c=6, **o),
-    "pieces": lambda **o: Norm("[n] c d", None, Affine("c"), Moving("c", decay=0.9, ghost=2), c=6, **o),
-}
-SHAPE = (4, 6, 5)
-
-activations = pytest.mark.parametrize("name", NAMES)
+from tests.tolerances import COMPILED, DOUBLE, GRADIENTS, VALUES, check
 
 
 def twins(make: Callable[..., nn.Module], name: str, dtype: torch.dtype = torch.float64) -> tuple[Norm, Norm]:
@@ -240,7 +209,7 @@ class Side(nn.Module):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # the compiler's own
 def test_compiled_in_one_graph() -> None:
     kinds = ("BatchNorm", "LayerNorm", "GroupNorm")
-    made = [(name, *twins(KINDS[kind], name, torch.float32)) for name, kind in zip(NAMES, kinds, strict=True)]
+    made = [(name, *twins(KINDS[kind], name, torch.float32)) for name, kind in zip(FUNCTIONS, kinds, strict=True)]
     side = Side([fused for _, fused, _ in made])
     x = torch.randn(SHAPE)
     torch._dynamo.reset()
@@ -349,174 +318,3 @@ def test_recurrent_nets_have_activations_of_their_own(net: Callable[..., nn.Modu
     with pytest.raises(NormwiseError) as caught:
         net(3, 5, norm=Norm("... [c]", recovery=Affine("c"), activation="relu"))
     assert str(caught.value) == "a cell applies functions of its own to what norm gives: leave out activation='relu'"
-
-
-# -------------------------------------------------------------------------------------------------------------- surgery
-
-
-@activations
-def test_folding_leaves_the_activation(name: str) -> None:
-    model = line(nn.Conv2d(3, 8, 3), nw.BatchNorm(8, activation=name), nn.Conv2d(8, 4, 1))
-    record = folded(model, torch.randn(2, 3, 6, 6))
-    assert (type(model[1]), model[1].training) == (LAYERS[name], False)
-    assert [(change.path, change.why) for change in record.changed] == [("1", "into 0 before it")]
-    record.undo()
-    assert model[1].spec.activation == name
-
-
-@activations
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (
-            lambda name: line(nw.BatchNorm(3, activation=name), nn.Conv2d(3, 8, 1)),
-            "it reads an input of the model; it also applies an activation",
-        ),
-        (lambda name: line(nw.LayerNorm((6,), activation=name), nn.Linear(6, 8)), "it also applies an activation"),
-    ],
-    ids=["statistics", "gain"],
-)
-def test_nothing_is_folded_through_an_activation(make: Callable[[str], nn.Module], reason: str, name: str) -> None:
-    model, x = make(name), torch.randn(2, 3, 6, 6)
-    before, state = model(x), copy.deepcopy(model.state_dict())
-    record = nw.fold(model, x)
-    assert record.changed == ()
-    assert record.left[0].why.startswith(reason)
-    assert torch.equal(model(x), before)
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
-
-
-@activations
-def test_a_useless_bias_before_it_goes(name: str) -> None:
-    model = line(nn.Linear(3, 6), nw.InstanceNorm(6, activation=name))
-    model[0], x = nn.Conv1d(3, 6, 1), torch.randn(4, 3, 5)
-    folded(model, x)
-    assert model[0].bias is None
-    assert model[1].spec.activation == name
-
-
-@activations
-def test_a_centred_layer_norm_keeps_it(name: str) -> None:
-    class Stream(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(3, 8), nn.Linear(3, 8)
-            self.norm = nw.LayerNorm(8, bias=False, activation=name)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.norm(self.first(x) + self.second(x))
-
-    model = line(Stream(), nn.Linear(8, 2))
-    folded(model, torch.randn(5, 3))
-    assert type(model[0].norm) is nw.RMSNorm
-    assert model[0].norm.spec.activation == name
-
-
-def model_of(name: str) -> Any:
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nw.BatchNorm(8, activation=name)).eval()
-
-
-def ends_with(model: Any, name: str, norm: nn.Module, x: Tensor) -> None:
-    check(model(x), FUNCTIONS[name](norm(model[0](x))), VALUES)
-
-
-@activations
-@pytest.mark.parametrize("word", ["group", "layer", "rms", "instance", nw.LayerNorm2d])
-def test_swapping_by_name_keeps_it(word: Any, name: str) -> None:
-    model, plain, x = model_of(name), nn.Sequential(model_of(name)[0], nw.BatchNorm(8)).eval(), torch.randn(2, 3, 6, 6)
-    quietly(model, "batch", word)
-    quietly(plain, "batch", word)
-    assert type(model[1]) is type(plain[1])
-    assert model[1].spec.activation == name
-    ends_with(model, name, plain[1], x)
-
-
-@activations
-def test_swapping_for_nothing_leaves_it(name: str) -> None:
-    model = model_of(name)
-    quietly(model, "batch", "none")
-    ends_with(model, name, nn.Identity(), torch.randn(2, 3, 6, 6))
-    assert list(model[1].named_children()) == [("norm", model[1].norm), ("act", model[1].act)]
-    assert (type(model[1].norm), type(model[1].act), model[1].act.training) == (nn.Identity, LAYERS[name], False)
-
-
-MADE: dict[str, Callable[[str], nn.Module]] = {
-    "torch's layer": lambda name: nn.GroupNorm(2, 8),
-    "ours": lambda name: nw.GroupNorm(2, 8),
-    "ours with it": lambda name: nw.GroupNorm(2, 8, activation=name),
-    "followed by it": lambda name: nn.Sequential(nn.GroupNorm(2, 8), LAYERS[name]()),
-    "ours with it, within": lambda name: nn.Sequential(nw.GroupNorm(2, 8, activation=name)),
-}
-
-
-@activations
-@pytest.mark.parametrize("made", MADE)
-def test_swapping_by_a_function_applies_it_once(made: str, name: str) -> None:
-    model = model_of(name)
-    quietly(model, "batch", lambda old: MADE[made](name))
-    ends_with(model, name, nn.GroupNorm(2, 8), torch.randn(2, 3, 6, 6))
-
-
-def test_a_function_may_choose_another() -> None:
-    model = model_of("relu")
-    quietly(model, "batch", lambda old: nw.GroupNorm(2, 8, activation="gelu"))
-    ends_with(model, "gelu", nn.GroupNorm(2, 8), torch.randn(2, 3, 6, 6))
-
-
-def test_a_function_that_would_lose_it_is_refused() -> None:
-    model = model_of("gelu")
-    old = model[1]
-    message = refusal(model, "batch", lambda old: nn.Sequential(OrderedDict(norm=nn.GroupNorm(2, 8), act=nn.ReLU())))
-    assert message == "1: the function gave a Sequential without 'gelu', which the layer applies: put it in"
-    assert model[1] is old
-
-
-@activations
-def test_a_renewed_model_keeps_it(name: str) -> None:
-    model = model_of(name)
-    renew(model, lambda features, axis: nn.GroupNorm(2, features))
-    ends_with(model, name, nn.GroupNorm(2, 8), torch.randn(2, 3, 6, 6))
-
-
-@activations
-@pytest.mark.parametrize("kind", ["BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm"])
-def test_torch_has_no_layer_with_it(kind: str, name: str) -> None:
-    layer = KINDS[kind](activation=name)
-    model = nn.Sequential(nn.Identity(), layer)
-    record = nw.release(model, torch.randn(SHAPE))
-    assert model[1] is layer
-    assert [(left.path, left.why) for left in record.left] == [
-        ("1", f"torch has no normalization that applies '{name}' as well")
-    ]
-
-
-class Rectified(nn.BatchNorm1d):
-    """Somebody's batch normalization with a rectifier."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        return super().forward(input).relu()
-
-
-@pytest.mark.parametrize(
-    ("activation", "changed"),
-    [("relu", 1), ("gelu", 0), (None, 0)],
-)
-def test_a_converter_may_declare_it(monkeypatch: pytest.MonkeyPatch, activation: Any, changed: int) -> None:
-    monkeypatch.setattr(converters, "_registered", {})
-    nw.register_converter(Rectified, lambda old: nw.BatchNorm(old.num_features, old.eps, activation=activation))
-    model = line(nn.Linear(3, 6), Rectified(6))
-    x = torch.randn(5, 3)
-    expected = truth(model, x)
-    record = nw.adopt(model, x)
-    assert len(record.changed) == changed
-    assert (type(model[1]) is nw.BatchNorm) == bool(changed)
-    check_outputs(model(x), expected, MODEL_OUTPUTS)
-    if changed:
-        folded(model, x)
-        assert type(model[1]) is nn.ReLU
-
-
-def test_it_is_found() -> None:
-    found = nw.find(nn.Sequential(nn.Linear(4, 8), nw.BatchNorm(8, activation="relu"), nw.LayerNorm(8)))
-    assert [(one.pattern, one.activation) for one in found] == [("[n] c [...]", "relu"), ("... [d]", None)]
-    assert "[n] c [...], then relu  " in str(found)

@@ -5,23 +5,32 @@ A test named `test_torch_...` shows that the bound bites: torch's own layer exce
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 import normwise as nw
 from tests.catalogue import FAMILIES, LAYOUTS, Family
-from tests.hard_inputs import CONSTANTS, LEVELS, LONG, MAGNITUDES, WIDTHS, outlier
-from tests.tolerances import COMPILED, DOUBLE, EXACT, OUTLIER, ROUNDINGS, SUMMED, VALUES, check
-from tests.truth import EVERY, TORCH, errors, is_right, truth
+from tests.hard_inputs import (
+    LEVELS,
+    LONG,
+    MAGNITUDES,
+    WIDTHS,
+    Make,
+    at_either_end,
+    every_constant,
+    every_level,
+    every_magnitude,
+    every_precision,
+    far_away_in,
+    outlier,
+)
+from tests.tolerances import COMPILED, DOUBLE, ROUNDINGS, SUMMED, VALUES, check
+from tests.truth import EVERY, TORCH, errors, is_exact, is_right, is_right_beside_an_outlier, truth
 
 BATCH_NORM = FAMILIES[0]
 every_family = pytest.mark.parametrize("family", EVERY, ids=str)
 every_centering_family = pytest.mark.parametrize("family", [f for f in EVERY if f.centers], ids=str)
-every_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-Make = Callable[[], Tensor]
 
 
 def wrong_in_torch(name: str, matrix: Tensor) -> bool:
@@ -31,15 +40,13 @@ def wrong_in_torch(name: str, matrix: Tensor) -> bool:
     return not is_right(errors(TORCH[name], matrix))
 
 
-@pytest.mark.parametrize("make", LEVELS.values(), ids=LEVELS)
+@every_level
 @every_family
 def test_large_means_keep_their_digits(family: Family, make: Make) -> None:
-    found = errors(family, make())
-    assert is_right(found)
-    assert found.absolute <= EXACT.absolute
+    assert is_exact(errors(family, make()))
 
 
-@pytest.mark.parametrize("make", LEVELS.values(), ids=LEVELS)
+@every_level
 @pytest.mark.parametrize("name", [family.name for family in FAMILIES if family.centers])
 def test_torch_loses_the_digits_of_large_means(name: str, make: Make) -> None:
     assert wrong_in_torch(name, make())
@@ -54,7 +61,7 @@ def _remembered(layer: nn.Module, x: Tensor) -> tuple[float, float]:
     return mean, var
 
 
-@pytest.mark.parametrize("make", LEVELS.values(), ids=LEVELS)
+@every_level
 def test_remembered_statistics_of_large_means(make: Make) -> None:
     x = make()
     mean, var = _remembered(nw.BatchNorm(x.shape[1], momentum=1.0), x)
@@ -68,7 +75,7 @@ def test_torch_remembers_another_variance(name: str) -> None:
     assert _remembered(nn.BatchNorm1d(x.shape[1], momentum=1.0), x)[1] > ROUNDINGS
 
 
-@pytest.mark.parametrize("make", LEVELS.values(), ids=LEVELS)
+@every_level
 def test_evaluation_far_from_zero(make: Make) -> None:
     x = make()
     layer = nw.BatchNorm(x.shape[1], momentum=1.0)
@@ -82,17 +89,13 @@ def test_evaluation_far_from_zero(make: Make) -> None:
 @every_precision
 @every_family
 def test_large_means_in_every_precision(family: Family, dtype: torch.dtype) -> None:
-    spread = 100 * torch.finfo(dtype).eps  # a few dozen steps of the dtype
-    x = ((1 + spread * torch.randn(512, 4, dtype=torch.float64)) * 1e4).to(dtype)
-    assert is_right(errors(family, x))
+    assert is_right(errors(family, far_away_in(dtype)))
 
 
-@pytest.mark.parametrize("make", MAGNITUDES.values(), ids=MAGNITUDES)
+@every_magnitude
 @every_family
 def test_any_magnitude_is_right_and_finite(family: Family, make: Make) -> None:
-    found = errors(family, make())
-    assert is_right(found)
-    assert found.absolute <= EXACT.absolute
+    assert is_exact(errors(family, make()))
 
 
 @pytest.mark.parametrize("make", [make for name, make in MAGNITUDES.items() if name != "up to 1e+18"])
@@ -115,7 +118,7 @@ def test_eps_keeps_its_meaning_next_to_tiny_variances(family: Family, magnitude:
     assert is_right(errors(family, torch.randn(64, 4) * magnitude, eps=eps))
 
 
-@pytest.mark.parametrize("value", CONSTANTS)
+@every_constant
 @every_centering_family
 def test_a_constant_column_is_exactly_zero(family: Family, value: float) -> None:
     y = family.run(torch.full((48, 6), value))
@@ -123,7 +126,7 @@ def test_a_constant_column_is_exactly_zero(family: Family, value: float) -> None
     assert not y.any()
 
 
-@pytest.mark.parametrize("value", CONSTANTS)
+@every_constant
 @every_family
 def test_the_slope_of_a_constant_column_is_that_of_eps(family: Family, value: float) -> None:
     assert is_right(errors(family, torch.full((48, 6), value)))
@@ -142,14 +145,11 @@ def test_a_constant_row_has_root_mean_square_one(value: float) -> None:
     check(y.detach(), torch.ones(2, 48), VALUES)
 
 
-@pytest.mark.parametrize("place", ["first", "last"])
+@at_either_end
 @pytest.mark.parametrize("rows", [64, 4096, 200003])
 @every_family
 def test_one_outlier(family: Family, rows: int, place: str) -> None:
-    x = outlier(rows)
-    found = errors(family, x if place == "first" else x.flip(0))
-    assert is_right(found)
-    assert found.absolute <= OUTLIER.absolute + OUTLIER.relative * rows**0.5  # the outlier itself becomes sqrt(rows)
+    assert is_right_beside_an_outlier(errors(family, outlier(rows, place)), rows)
 
 
 @pytest.mark.parametrize("name", ["BatchNorm", "BatchNorm of images"])

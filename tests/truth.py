@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import normwise as nw
 from tests.catalogue import FAMILIES, ChannelsFirstLayerNorm, ChannelsFirstRMSNorm, Family, Relay
-from tests.tolerances import ROUNDINGS
+from tests.tolerances import EXACT, OUTLIER, ROUNDINGS
 
 _MakeTwin = {
     "BatchNorm": lambda rows, columns, **o: nn.BatchNorm1d(columns, **o),
@@ -110,6 +110,16 @@ def errors(family: Family, matrix: Tensor, relay: Relay = Tensor.clone, eps: flo
 def is_right(found: Errors) -> bool:
     """Within the roundings that the formula takes."""
     return found.roundings <= ROUNDINGS
+
+
+def is_exact(found: Errors) -> bool:
+    """Right, and within the promise of the statistics in absolute terms."""
+    return is_right(found) and found.absolute <= EXACT.absolute
+
+
+def is_right_beside_an_outlier(found: Errors, rows: int) -> bool:
+    """Right, where an outlier itself becomes sqrt(rows)."""
+    return is_right(found) and found.absolute <= OUTLIER.absolute + OUTLIER.relative * rows**0.5
 
 
 def _left(actual: Tensor, expected: Tensor, slope: Tensor) -> Tensor:
