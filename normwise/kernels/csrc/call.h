@@ -74,10 +74,12 @@ struct Backward {
   bool streams;  // whether long runs of d_x are better written past the caches
 };
 
-// Runs `body(context, item)` for every item below `items`, each by one of at most `threads` threads.
+// Runs `body(context, item)` for every item below `items`, each by one of at most `threads` threads. Every thread takes
+// neighbouring items, the same ones whenever there are as many; with `from_last` from its last one on.
 struct Team {
   int threads;
-  void (*run)(const Team& team, int64_t items, void (*body)(void* context, int64_t item), void* context);
+  void (*run)(const Team& team, int64_t items, bool from_last, void (*body)(void* context, int64_t item),
+              void* context);
 };
 
 // What each instruction set offers. Both return false if there is no memory for scratch.

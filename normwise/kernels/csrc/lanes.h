@@ -17,11 +17,13 @@
 
 namespace {
 
-constexpr int64_t kTile = 512;               // lanes of a tile at most
+constexpr int64_t kTile = 512;               // lanes of a tile that one thread has, at most
+constexpr int64_t kRow = 1024;               // lanes of a tile whose pieces all threads share, at most
 constexpr int64_t kRowsOfPiece = 512;        // rows that are summed before they are added to the lane's sums
 constexpr int64_t kPanel = 32;               // rows that are summed as floats, in registers
 constexpr int64_t kCache = 1 << 19;          // bytes that a tile may have, so that the second look at it hits the cache
 constexpr int kWide = kLanes == 16 ? 4 : 2;  // vectors of lanes that are worked on side by side
+constexpr int64_t kStrip = 2 * kWide * kLanes;  // lanes that are worked on side by side at most
 
 // Arrays with a place for each lane. `slope` and `shift`: y = (x - high) * slope + shift. Where weights run down the
 // rows, the value before recovery is (x - high) * slope + shift.
@@ -62,6 +64,7 @@ struct RowSums {
 struct Tile {
   const Call& call;
   int64_t a, lane, width;
+  bool cached;  // whether its rows have just been read, and are in the cache
 
   int64_t at(int64_t row) const { return (a * call.r0 + row) * call.lanes() + lane; }
   int64_t columns() const { return width / call.r1; }
@@ -91,13 +94,15 @@ inline void in_chunks(int64_t width, Body body) {
   if (lane < width) body(lane, std::integral_constant<int, 1>(), int(width - lane));
 }
 
-// The order in which rows are written: from the last one on, which is still in the cache where rows have just been
-// read, or from the first.
+// The order in which rows are written. Rows in the cache: from the last one on, and strip by strip, whose lanes stay in
+// registers. Others: whole rows, so that memory is read and written in one stream.
 struct Order {
-  int64_t begin, end, step;
+  int64_t begin, end, step, stride;  // stride: to the next rows, after one walk over the lanes
 
-  Order(int64_t first, int64_t last, bool from_last)
-      : begin(from_last ? last - 1 : first), end(from_last ? first - 1 : last), step(from_last ? -1 : 1) {}
+  Order(int64_t first, int64_t last, const Tile& tile)
+      : begin(tile.cached ? last - 1 : first), end(tile.cached ? first - 1 : last), step(tile.cached ? -1 : 1) {
+    stride = tile.cached || tile.width <= kStrip ? end - begin : 1;
+  }
 };
 
 template <class Size>
@@ -288,33 +293,34 @@ bool prepare_lanes(const Tile& tile, const Forward& t, const T* x, const Lanes& 
 template <class T, bool kDown, bool kMasked, int kAct>
 void lane_apply(const Tile& given, const Forward& t, const T* x, int64_t first, int64_t last, const Lanes& lanes) {
   const Call call = given.call;  // copies of its own, which no store can change
-  const Tile tile{call, given.a, given.lane, given.width};
+  const Tile tile{call, given.a, given.lane, given.width, given.cached};
   const float *weights = t.weight, *biases = t.bias;
   const uint8_t* mask = t.mask;
   T* y = static_cast<T*>(t.y);
   const int activation = call.activation;
   const bool by_row = !kMasked && mask;
-  const Order order(first, last, call.measured);
-  in_chunks<kDown ? kWide : 2 * kWide>(tile.width, [&](int64_t lane, auto vectors, auto size) {
-    F high[vectors], slope[vectors], shift[vectors];
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t at = lane + v * kLanes;
-      high[v] = load_some(lanes.high + at, size), slope[v] = load_some(lanes.slope + at, size);
-      shift[v] = load_some(lanes.shift + at, size);
-    }
-    for (int64_t j = order.begin; j != order.end; j += order.step) {
-      const bool out = by_row && tile.is_out(mask, j);
-      const auto [weight, bias] = kDown ? tile.weights(weights, biases, j) : RowWeights{1, 0};
-      const int64_t at = tile.at(j) + lane;
+  const Order order(first, last, tile);
+  for (int64_t row = order.begin; row != order.end; row += order.stride)
+    in_chunks<kDown ? kWide : 2 * kWide>(tile.width, [&](int64_t lane, auto vectors, auto size) {
+      F high[vectors], slope[vectors], shift[vectors];
       for (int v = 0; v < vectors; ++v) {
-        F z = fma(load_some(x + at + v * kLanes, size) - high[v], slope[v], shift[v]);
-        if constexpr (kDown) z = fma(z, F{} + weight, F{} + bias);
-        z = activate<kAct>(z, activation);
-        if constexpr (kMasked) z = keep(z, tile.mask(mask, j) + lane + v * kLanes, size);
-        store_some(y + at + v * kLanes, out ? F{} : z, size);
+        const int64_t at = lane + v * kLanes;
+        high[v] = load_some(lanes.high + at, size), slope[v] = load_some(lanes.slope + at, size);
+        shift[v] = load_some(lanes.shift + at, size);
       }
-    }
-  });
+      for (int64_t j = row; j != row + order.stride; j += order.step) {
+        const bool out = by_row && tile.is_out(mask, j);
+        const auto [weight, bias] = kDown ? tile.weights(weights, biases, j) : RowWeights{1, 0};
+        const int64_t at = tile.at(j) + lane;
+        for (int v = 0; v < vectors; ++v) {
+          F z = fma(load_some(x + at + v * kLanes, size) - high[v], slope[v], shift[v]);
+          if constexpr (kDown) z = fma(z, F{} + weight, F{} + bias);
+          z = activate<kAct>(z, activation);
+          if constexpr (kMasked) z = keep(z, tile.mask(mask, j) + lane + v * kLanes, size);
+          store_some(y + at + v * kLanes, out ? F{} : z, size);
+        }
+      }
+    });
 }
 
 // The loops over rows, for one recovery, mask and activation; the rest is compiled once for each dtype.
@@ -345,29 +351,29 @@ void add_rows(const Tile& tile, const Forward& t, int64_t first, int64_t last) {
   }
 }
 
-// Lanes of a tile: whole columns, as few as let the tile fit the cache, but at least a quarter of the most.
-inline int64_t tile_width(const Call& call, int64_t bytes_of_element) {
-  int64_t lanes = kCache / (call.r0 * bytes_of_element);
-  if (lanes > kTile) lanes = kTile;
-  if (lanes < kTile / 4) lanes = kTile / 4;
-  lanes = lanes / (2 * kLanes) * (2 * kLanes);
-  const int64_t columns = lanes / call.r1;
-  return (columns > 0 ? columns : 1) * call.r1;
-}
-
-// Tiles of lanes, for each a.
+// Tiles of lanes, for each a: of whole columns.
 struct Tiling {
   const Call& call;
   int64_t width, each_a;
+  bool cached;
 
-  Tiling(const Call& c, int64_t bytes_of_element)
-      : call(c), width(tile_width(c, bytes_of_element)), each_a(divided_up(c.lanes(), width)) {}
+  Tiling(const Call& c, int64_t most_lanes, bool is_cached) : call(c), cached(is_cached) {
+    const int64_t columns = most_lanes / call.r1;
+    width = (columns > 0 ? columns : 1) * call.r1;
+    each_a = divided_up(call.lanes(), width);
+  }
   int64_t tiles() const { return call.k0 * each_a; }
   Tile tile(int64_t item) const {
     const int64_t lane = item % each_a * width, left = call.lanes() - lane;
-    return {call, item / each_a, lane, left < width ? left : width};
+    return {call, item / each_a, lane, left < width ? left : width, cached};
   }
 };
+
+// As few lanes as let a tile fit the cache, but at least a quarter of the most.
+inline int64_t cached_lanes(const Call& call, int64_t bytes_of_element) {
+  const int64_t lanes = kCache / (call.r0 * bytes_of_element) / kStrip * kStrip;
+  return lanes < kTile / 4 ? kTile / 4 : lanes < kTile ? lanes : kTile;
+}
 
 inline int64_t pieces_of(const Call& call) { return divided_up(call.r0, kRowsOfPiece); }
 inline int64_t end_of(const Call& call, int64_t piece) {
@@ -483,17 +489,27 @@ bool forward_together(const Tiling& tiling, const Forward& t, const Team& team, 
       add_piece(shared.part(p + 1).from(place(tile)), lanes, tile.width, t.mask);
     fits.data[item] = prepare_lanes(tile, t, x, lanes);
   });
-  each(team, tiles * pieces, [&](int64_t item) {
-    const Tile tile = tiling.tile(item % tiles);
-    const int64_t p = pieces - 1 - item / tiles;
-    loops.apply(tile, t, x, p * kRowsOfPiece, end_of(call, p), shared.part(0).from(place(tile)));
-  });
+  each(
+      team, tiles * pieces,
+      [&](int64_t item) {
+        const Tile tile = tiling.tile(item % tiles);
+        const int64_t p = item / tiles;
+        loops.apply(tile, t, x, p * kRowsOfPiece, end_of(call, p), shared.part(0).from(place(tile)));
+      },
+      true);
   for (int64_t item = 0; item < tiles; ++item)
     if (!fits.data[item]) mend_forward(tiling.tile(item), t, x);
   return true;
 }
 
-// Whether the threads share the pieces of a tile: there are too few tiles, or they do not fit the cache anyway.
+// Tiles for one thread each, whose second look at one hits the cache.
+inline Tiling cached_tiling(const Call& call, int64_t bytes_of_element) {
+  return Tiling(call, cached_lanes(call, bytes_of_element), true);
+}
+// Tiles whose pieces all threads share, or which are looked at once.
+inline Tiling wide_tiling(const Call& call) { return Tiling(call, pieces_of(call) > 1 ? kRow : kTile, false); }
+
+// Whether the threads share the pieces of tiles: there are too few tiles, or they do not fit the cache anyway.
 inline bool goes_together(const Tiling& tiling, const Team& team, int64_t bytes_of_element) {
   const bool enough = tiling.tiles() >= 4 * team.threads;
   const bool fits = tiling.call.r0 * tiling.width * bytes_of_element <= 2 * kCache;
@@ -502,8 +518,10 @@ inline bool goes_together(const Tiling& tiling, const Team& team, int64_t bytes_
 
 template <class T>
 bool lanes_forward(const Call& call, const Forward& t, const Team& team, const LaneLoops<T>& loops) {
-  const Tiling tiling(call, sizeof(T));
-  if (goes_together(tiling, team, sizeof(T))) return forward_together(tiling, t, team, loops);
+  const Tiling cached = cached_tiling(call, sizeof(T)), wide = wide_tiling(call);
+  if (pieces_of(call) > 1 && (!call.measured || goes_together(cached, team, sizeof(T))))
+    return forward_together(wide, t, team, loops);
+  const Tiling& tiling = call.measured ? cached : wide;
   each(team, tiling.tiles(), [&](int64_t item) { tile_forward(tiling.tile(item), t, loops); });
   return true;
 }

@@ -5,61 +5,59 @@
 
 namespace {
 
-// Add the sums of a panel of rows to the lanes' sums of d and of d * (x - high) * scale; with `kDown` d includes the
-// weight.
-template <class T, bool kDown, bool kMasked, int kAct>
-void panel_gradient_sums(const Tile& tile, const Backward& t, T* d_x, int64_t row, int64_t rows, const Lanes& lanes,
-                         const RowSums& row_sums) {
+// Add the sums of rows `first` to `last`, a panel at most, to the lanes' sums of d and of d * (x - high) * scale, for
+// `vectors` vectors of lanes; with `kDown` d includes the weight.
+template <class T, bool kDown, bool kMasked, int kAct, class Vectors, class Size>
+NW_INLINE void add_panel(const Tile& tile, const Backward& t, T* d_x, int64_t first, int64_t last, const Lanes& lanes,
+                         int64_t lane, Vectors vectors, Size size, F* row_weight, F* row_bias) {
   const T *x = static_cast<const T*>(t.x), *d_y = static_cast<const T*>(t.d_y);
-  F row_weight[kDown ? kPanel : 1] = {}, row_bias[kDown ? kPanel : 1] = {};
-  in_chunks(tile.width, [&](int64_t lane, auto vectors, auto size) {
-    F high[vectors], slope[vectors], shift[vectors], scale[vectors], first[vectors], second[vectors];
+  const bool by_row = !kMasked && t.mask;
+  const int64_t stride = tile.call.lanes();
+  F high[vectors], slope[vectors], shift[vectors], scale[vectors], sum[vectors], along[vectors];
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t of_lane = lane + v * kLanes;
+    high[v] = load_some(lanes.high + of_lane, size), scale[v] = load_some(lanes.scale + of_lane, size);
+    slope[v] = load_some(lanes.slope + of_lane, size), shift[v] = load_some(lanes.shift + of_lane, size);
+    sum[v] = along[v] = F{};
+  }
+  int64_t at = tile.at(first) + lane;
+  for (int64_t j = first; j < last; ++j, at += stride) {
+    if (by_row && tile.is_out(t.mask, j)) continue;
+    if (kDown && lane + 2 * vectors * kLanes <= tile.width) fetch_next(x + at, vectors), fetch_next(d_y + at, vectors);
+    const auto [weight, bias] = kDown ? tile.weights(t.weight, t.bias, j) : RowWeights{1, 0};
     for (int v = 0; v < vectors; ++v) {
-      const int64_t at = lane + v * kLanes;
-      high[v] = load_some(lanes.high + at, size), slope[v] = load_some(lanes.slope + at, size);
-      shift[v] = load_some(lanes.shift + at, size), scale[v] = load_some(lanes.scale + at, size);
-      first[v] = second[v] = F{};
-    }
-    const bool goes_on = lane + 2 * vectors * kLanes <= tile.width, by_row = !kMasked && t.mask;
-    const int64_t stride = tile.call.lanes();
-    int64_t at = tile.at(row) + lane - stride;
-    for (int64_t j = row; j < row + rows; ++j) {
-      at += stride;
-      if (by_row && tile.is_out(t.mask, j)) continue;
-      if (goes_on) fetch_next(x + at, vectors), fetch_next(d_y + at, vectors);
-      const auto [weight, bias] = kDown ? tile.weights(t.weight, t.bias, j) : RowWeights{1, 0};
-      for (int v = 0; v < vectors; ++v) {
-        if (d_x) fetch_to_write(d_x + at + v * kLanes);
-        F centred = load_some(x + at + v * kLanes, size) - high[v], d = load_some(d_y + at + v * kLanes, size);
-        if constexpr (kMasked) {
-          const uint8_t* valid = tile.mask(t.mask, j) + lane + v * kLanes;
-          centred = keep(centred, valid, size), d = keep(d, valid, size);
-        }
-        if constexpr (kDown || kAct != kActNone) {
-          const F value = fma(centred, slope[v], shift[v]);
-          if constexpr (kAct != kActNone)
-            d *= activation_slope<kAct>(kDown ? fma(value, F{} + weight, F{} + bias) : value, tile.call.activation);
-          if constexpr (kDown) {
-            row_weight[j - row] = fma(d, value, row_weight[j - row]);
-            row_bias[j - row] += d;
-            d *= weight;
-          }
-        }
-        first[v] += d;
-        second[v] = fma(d, centred * scale[v], second[v]);  // exact but for the sum
+      const int64_t of_lane = lane + v * kLanes;
+      if (d_x) fetch_to_write(d_x + at + v * kLanes);
+      F centred = load_some(x + at + v * kLanes, size) - high[v];
+      F d = load_some(d_y + at + v * kLanes, size);
+      if constexpr (kMasked) {
+        const uint8_t* valid = tile.mask(t.mask, j) + of_lane;
+        centred = keep(centred, valid, size), d = keep(d, valid, size);
       }
+      if constexpr (kDown || kAct != kActNone) {
+        const F value = fma(centred, slope[v], shift[v]);
+        if constexpr (kAct != kActNone)
+          d *= activation_slope<kAct>(kDown ? fma(value, F{} + weight, F{} + bias) : value, tile.call.activation);
+        if constexpr (kDown) {
+          row_weight[j - first] = fma(d, value, row_weight[j - first]);
+          row_bias[j - first] += d;
+          d *= weight;
+        }
+      }
+      sum[v] += d;
+      along[v] = fma(d, centred * scale[v], along[v]);  // exact but for the sum
     }
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t at = lane + v * kLanes;
-      add_some_to(lanes.first + at, first[v], size);
-      add_some_to(lanes.second + at, second[v], size);
-    }
-  });
-  if constexpr (kDown)
-    for (int64_t j = 0; j < rows; ++j) {
-      row_sums.d_weight[row + j] = total(row_weight[j]);
-      row_sums.d_bias[row + j] = total(row_bias[j]);
-    }
+  }
+  for (int v = 0; v < vectors; ++v) {
+    add_some_to(lanes.first + lane + v * kLanes, sum[v], size);
+    add_some_to(lanes.second + lane + v * kLanes, along[v], size);
+  }
+}
+
+// Call body(row, end) for panels of rows.
+template <class Body>
+inline void in_panels(int64_t first, int64_t last, Body body) {
+  for (int64_t row = first; row < last; row += kPanel) body(row, last - row < kPanel ? last : row + kPanel);
 }
 
 template <class T, bool kDown, bool kMasked, int kAct>
@@ -67,9 +65,23 @@ void lane_gradient_sums(const Tile& tile, const Backward& t, T* d_x, int64_t fir
                         const RowSums& row_sums) {
   std::memset(lanes.first, 0, tile.width * sizeof(double));
   std::memset(lanes.second, 0, tile.width * sizeof(double));
-  for (int64_t row = first; row < last; row += kPanel)
-    panel_gradient_sums<T, kDown, kMasked, kAct>(tile, t, d_x, row, last - row < kPanel ? last - row : kPanel, lanes,
-                                                 row_sums);
+  if constexpr (kDown)
+    in_panels(first, last, [&](int64_t row, int64_t end) {
+      F row_weight[kPanel] = {}, row_bias[kPanel] = {};
+      in_chunks(tile.width, [&](int64_t lane, auto vectors, auto size) {
+        add_panel<T, kDown, kMasked, kAct>(tile, t, d_x, row, end, lanes, lane, vectors, size, row_weight, row_bias);
+      });
+      for (int64_t j = row; j < end; ++j) {
+        row_sums.d_weight[j] = total(row_weight[j - row]);
+        row_sums.d_bias[j] = total(row_bias[j - row]);
+      }
+    });
+  else
+    in_chunks<2 * kWide>(tile.width, [&](int64_t lane, auto vectors, auto size) {
+      in_panels(first, last, [&](int64_t row, int64_t end) {
+        add_panel<T, kDown, kMasked, kAct>(tile, t, d_x, row, end, lanes, lane, vectors, size, nullptr, nullptr);
+      });
+    });
 }
 
 // high, slope and shift, as in the forward, the inverse and the scale.
@@ -87,7 +99,7 @@ bool prepare_lines(const Tile& tile, const Backward& t, const Lanes& lanes) {
   given.statistics = t.statistics;
   Call remembers = tile.call;
   remembers.measured = 0;
-  return prepare_lanes<T>(Tile{remembers, tile.a, tile.lane, tile.width}, given, nullptr, lanes);
+  return prepare_lanes<T>(Tile{remembers, tile.a, tile.lane, tile.width, tile.cached}, given, nullptr, lanes);
 }
 
 // The sums of columns that float cannot hold, once more, in double; with `kDown` those of all rows as well.
@@ -176,43 +188,45 @@ inline void descend(const Tile& tile, const Backward& t, const Lanes& lanes) {
 template <class T, bool kDown, bool kMasked, int kAct>
 void lane_gradient(const Tile& given, const Backward& t, int64_t first, int64_t last, const Lanes& lanes) {
   const Call call = given.call;  // copies of its own, which no store can change
-  const Tile tile{call, given.a, given.lane, given.width};
+  const Tile tile{call, given.a, given.lane, given.width, given.cached};
   const float *row_weights = t.weight, *row_biases = t.bias;
   const uint8_t* mask = t.mask;
   T* d_x = static_cast<T*>(t.d_x);
   const bool by_row = !kMasked && mask, measured = call.measured;
   const T *x = static_cast<const T*>(t.x), *d_y = static_cast<const T*>(t.d_y), *d_sum = static_cast<const T*>(t.d_sum);
-  const Order order(first, last, true);
-  in_chunks(tile.width, [&](int64_t lane, auto vectors, auto size) {
-    F high[vectors], along[vectors], level[vectors], inverse[vectors], weights[vectors];
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t at = lane + v * kLanes;
-      high[v] = load_some(lanes.high + at, size), along[v] = load_some(lanes.along + at, size);
-      level[v] = load_some(lanes.level + at, size), inverse[v] = load_some(lanes.inverse + at, size);
-      weights[v] = load_some(lanes.weight + at, size);
-    }
-    for (int64_t j = order.begin; j != order.end; j += order.step) {
-      const int64_t row_at = tile.at(j) + lane;
-      const bool out = by_row && tile.is_out(mask, j);
-      const auto [weight, bias] = kDown ? tile.weights(row_weights, row_biases, j) : RowWeights{1, 0};
+  const Order order(first, last, tile);
+  for (int64_t row = order.begin; row != order.end; row += order.stride)
+    in_chunks(tile.width, [&](int64_t lane, auto vectors, auto size) {
+      F high[vectors], along[vectors], level[vectors], inverse[vectors], weights[vectors];
       for (int v = 0; v < vectors; ++v) {
-        const int64_t at = row_at + v * kLanes;
-        const F centred = load_some(x + at, size) - high[v];
-        F d = load_some(d_y + at, size);
-        if constexpr (kAct != kActNone) {
-          const int64_t of_lane = lane + v * kLanes;
-          const F value = fma(centred, load_some(lanes.slope + of_lane, size), load_some(lanes.shift + of_lane, size));
-          d *= activation_slope<kAct>(kDown ? fma(value, F{} + weight, F{} + bias) : value, call.activation);
-        }
-        d *= kDown ? F{} + weight : weights[v];
-        F gradient = (d + fma(only(centred, measured), along[v], level[v])) * inverse[v];
-        if constexpr (kMasked) gradient = keep(gradient, tile.mask(mask, j) + lane + v * kLanes, size);
-        if (out) gradient = F{};
-        if (d_sum) gradient += load_some(d_sum + at, size);
-        store_some(d_x + at, gradient, size);
+        const int64_t at = lane + v * kLanes;
+        high[v] = load_some(lanes.high + at, size), along[v] = load_some(lanes.along + at, size);
+        level[v] = load_some(lanes.level + at, size), inverse[v] = load_some(lanes.inverse + at, size);
+        weights[v] = load_some(lanes.weight + at, size);
       }
-    }
-  });
+      for (int64_t j = row; j != row + order.stride; j += order.step) {
+        const int64_t row_at = tile.at(j) + lane;
+        const bool out = by_row && tile.is_out(mask, j);
+        const auto [weight, bias] = kDown ? tile.weights(row_weights, row_biases, j) : RowWeights{1, 0};
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t at = row_at + v * kLanes;
+          const F centred = load_some(x + at, size) - high[v];
+          F d = load_some(d_y + at, size);
+          if constexpr (kAct != kActNone) {
+            const int64_t of_lane = lane + v * kLanes;
+            const F value =
+                fma(centred, load_some(lanes.slope + of_lane, size), load_some(lanes.shift + of_lane, size));
+            d *= activation_slope<kAct>(kDown ? fma(value, F{} + weight, F{} + bias) : value, call.activation);
+          }
+          d *= kDown ? F{} + weight : weights[v];
+          F gradient = (d + fma(only(centred, measured), along[v], level[v])) * inverse[v];
+          if constexpr (kMasked) gradient = keep(gradient, tile.mask(mask, j) + lane + v * kLanes, size);
+          if (out) gradient = F{};
+          if (d_sum) gradient += load_some(d_sum + at, size);
+          store_some(d_x + at, gradient, size);
+        }
+      }
+    });
 }
 
 template <class T>
@@ -296,11 +310,14 @@ bool backward_together(const Tiling& tiling, const Backward& t, const ParameterP
     std::memcpy(parts.d_weight.data + place(tile), lanes.second, tile.width * sizeof(double));
   });
   if (!t.d_x) return true;
-  each(team, tiles * pieces, [&](int64_t item) {
-    const Tile tile = tiling.tile(item % tiles);
-    const int64_t p = pieces - 1 - item / tiles;
-    loops.gradient(tile, t, p * kRowsOfPiece, end_of(call, p), shared.part(0).from(place(tile)));
-  });
+  each(
+      team, tiles * pieces,
+      [&](int64_t item) {
+        const Tile tile = tiling.tile(item % tiles);
+        const int64_t p = item / tiles;
+        loops.gradient(tile, t, p * kRowsOfPiece, end_of(call, p), shared.part(0).from(place(tile)));
+      },
+      true);
   for (int64_t item = 0; item < tiles; ++item)
     if (!fits.data[item]) mend_backward<T>(tiling.tile(item), t);
   return true;
@@ -340,10 +357,13 @@ inline bool add_parts(const Tiling& tiling, const Backward& t, const ParameterPa
 
 template <class T>
 bool lanes_backward(const Call& call, const Backward& t, const Team& team, const LaneLoops<T>& loops) {
-  const Tiling tiling(call, 2 * sizeof(T));  // x and d_y
+  constexpr int64_t kBytes = 2 * sizeof(T);  // x and d_y
+  const Tiling cached = cached_tiling(call, kBytes);
+  const bool together = !loops.down && goes_together(cached, team, kBytes);
+  const Tiling tiling = together ? wide_tiling(call) : cached;
   const ParameterParts parts(loops.down ? tiling.tiles() * call.r0 : call.k0 * call.lanes());
   if (!parts.ok()) return false;
-  if (!loops.down && goes_together(tiling, team, 2 * sizeof(T))) {
+  if (together) {
     if (!backward_together(tiling, t, parts, team, loops)) return false;
   } else {
     each(team, tiling.tiles(), [&](int64_t item) { tile_backward(tiling.tile(item), t, parts, item, loops); });

@@ -22,6 +22,7 @@ using normwise::Backward;
 using normwise::Call;
 using normwise::Forward;
 using normwise::Kernels;
+using normwise::Statistics;
 using normwise::Team;
 
 extern "C" {
@@ -72,32 +73,47 @@ std::atomic<const Kernels*> active{nullptr};
 // --- threads ------------------------------------------------------------------------------------------------------
 
 using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
-Parallel parallel = nullptr;      // libgomp's, which torch has loaded and whose threads it uses
-std::atomic<bool> forked{false};  // in a forked child the threads of the parent are gone
+Parallel parallel = nullptr;       // libgomp's, which torch has loaded and whose threads it uses
+int (*thread_number)() = nullptr;  // among those of `parallel`
+std::atomic<bool> forked{false};   // in a forked child the threads of the parent are gone
+
+// Items that one thread begins with: neighbours, so that what it has read or written once lies in its own cache when it
+// comes again, and the processor sees one stream. Others help where it is late.
+struct alignas(64) Share {
+  std::atomic<int64_t> taken;
+  int64_t first, size;
+};
+
+constexpr int kMostThreads = 256;
 
 struct Job {
-  std::atomic<int64_t> next{0};
-  int64_t items;
+  Share* shares;
+  int threads;
+  bool from_last;
   void (*body)(void*, int64_t);
   void* context;
 };
 
 void work(void* data) {
-  Job& job = *static_cast<Job*>(data);
-  for (int64_t item; (item = job.next.fetch_add(1, std::memory_order_relaxed)) < job.items;)
-    job.body(job.context, item);
+  const Job& job = *static_cast<Job*>(data);
+  const int own = thread_number();
+  for (int i = 0; i < job.threads; ++i) {
+    Share& share = job.shares[(own + i) % job.threads];
+    for (int64_t n; (n = share.taken.fetch_add(1, std::memory_order_relaxed)) < share.size;)
+      job.body(job.context, share.first + (job.from_last ? share.size - 1 - n : n));
+  }
 }
 
-void run(const Team& team, int64_t items, void (*body)(void*, int64_t), void* context) {
-  Job job;
-  job.items = items;
-  job.body = body;
-  job.context = context;
-  const int64_t threads = team.threads < items ? team.threads : items;
-  if (parallel && !forked.load(std::memory_order_relaxed))
-    parallel(work, &job, unsigned(threads), 0);
-  else
-    work(&job);
+void run(const Team& team, int64_t items, bool from_last, void (*body)(void*, int64_t), void* context) {
+  Share shares[kMostThreads];
+  const int threads = int(team.threads < items ? team.threads : items);
+  for (int i = 0; i < threads; ++i) {
+    const int64_t first = items * i / threads;
+    shares[i].taken.store(0, std::memory_order_relaxed);
+    shares[i].first = first, shares[i].size = items * (i + 1) / threads - first;
+  }
+  Job job = {shares, threads, from_last, body, context};
+  parallel(work, &job, unsigned(threads), 0);
 }
 
 // --- Python -------------------------------------------------------------------------------------------------------
@@ -145,55 +161,47 @@ bool is_streamed(const Call& call, const void* output) {
          normwise::pays_to_stream(output, call.size() * (call.dtype == normwise::kFloat32 ? 4 : 2));
 }
 
-Team team_for(const Call& call, long long threads) { return {call.size() < kSmall ? 1 : int(threads), run}; }
+Team team_for(const Call& call, long long threads) {
+  const bool alone = call.size() < kSmall || !parallel || !thread_number || forked.load(std::memory_order_relaxed);
+  return {alone ? 1 : int(threads < kMostThreads ? threads : kMostThreads), run};
+}
 
-PyObject* finished(bool ok) {
+// Reads a call and its integers, and runs a kernel on them while other threads of Python go on.
+template <int kCount, class Kernel>
+PyObject* launched(PyObject* const* args, Py_ssize_t count, Kernel kernel) {
+  Call call;
+  long long n[kCount];
+  if (!read_integers<kCount>(args + 1, count - 1, n) || !read_call(args[0], &call)) return nullptr;
+  bool ok;
+  Py_BEGIN_ALLOW_THREADS;
+  ok = kernel(call, n);
+  Py_END_ALLOW_THREADS;
   if (!ok) return PyErr_NoMemory();
   Py_RETURN_NONE;
 }
 
+// forward(call, x, residual, sum, y, weight, bias, mask, mean, inverse, m2, count, threads)
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Call call;
-  long long n[12];
-  if (!read_integers<12>(args + 1, count - 1, n) || !read_call(args[0], &call)) return nullptr;
-  Forward tensors = {at<void>(n[0]),
-                     at<void>(n[1]),
-                     at<void>(n[2]),
-                     at<void>(n[3]),
-                     at<float>(n[4]),
-                     at<float>(n[5]),
-                     at<uint8_t>(n[6]),
-                     {at<double>(n[7]), at<double>(n[8]), at<double>(n[9]), at<double>(n[10])},
-                     false};
-  bool ok;
-  Py_BEGIN_ALLOW_THREADS;
-  tensors.streams = is_streamed(call, tensors.y);
-  ok = active.load()->forward(call, tensors, team_for(call, n[11]));
-  Py_END_ALLOW_THREADS;
-  return finished(ok);
+  return launched<12>(args, count, [](const Call& call, const long long* n) {
+    void* y = at<void>(n[3]);
+    const Statistics statistics = {at<double>(n[7]), at<double>(n[8]), at<double>(n[9]), at<double>(n[10])};
+    const Forward tensors = {at<void>(n[0]),      at<void>(n[1]),  at<void>(n[2]),    y,
+                             at<float>(n[4]),     at<float>(n[5]), at<uint8_t>(n[6]), statistics,
+                             is_streamed(call, y)};
+    return active.load()->forward(call, tensors, team_for(call, n[11]));
+  });
 }
 
+// backward(call, x, d_y, d_sum, d_x, weight, bias, mask, mean, inverse, count, d_weight, d_bias, threads)
 PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Call call;
-  long long n[13];
-  if (!read_integers<13>(args + 1, count - 1, n) || !read_call(args[0], &call)) return nullptr;
-  Backward tensors = {at<void>(n[0]),
-                      at<void>(n[1]),
-                      at<void>(n[2]),
-                      at<void>(n[3]),
-                      at<float>(n[4]),
-                      at<float>(n[5]),
-                      at<uint8_t>(n[6]),
-                      {at<double>(n[7]), at<double>(n[8]), nullptr, at<double>(n[9])},
-                      at<float>(n[10]),
-                      at<float>(n[11]),
-                      false};
-  bool ok;
-  Py_BEGIN_ALLOW_THREADS;
-  tensors.streams = is_streamed(call, tensors.d_x);
-  ok = active.load()->backward(call, tensors, team_for(call, n[12]));
-  Py_END_ALLOW_THREADS;
-  return finished(ok);
+  return launched<13>(args, count, [](const Call& call, const long long* n) {
+    void* d_x = at<void>(n[3]);
+    const Statistics statistics = {at<double>(n[7]), at<double>(n[8]), nullptr, at<double>(n[9])};
+    const Backward tensors = {at<void>(n[0]),   at<void>(n[1]),   at<void>(n[2]),        d_x,
+                              at<float>(n[4]),  at<float>(n[5]),  at<uint8_t>(n[6]),     statistics,
+                              at<float>(n[10]), at<float>(n[11]), is_streamed(call, d_x)};
+    return active.load()->backward(call, tensors, team_for(call, n[12]));
+  });
 }
 
 // commit(mean, m2, running_mean, running_spread, batches, columns, divisor, rate): whether the batch entered.
@@ -274,6 +282,7 @@ PyMODINIT_FUNC PyInit__cpu() {
   active.store(widest());
 #if !defined(_WIN32)
   parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  thread_number = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
   pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 #endif
   return PyModule_Create(&definition);

@@ -10,14 +10,15 @@ namespace {
 
 using normwise::Team;
 
-// Call body(item) for every item, by the team's threads.
+// Call body(item) for every item, by the team's threads; `from_last` finds in the cache what was done last.
 template <class Body>
-void each(const Team& team, int64_t items, Body body) {
+void each(const Team& team, int64_t items, Body body, bool from_last = false) {
   if (team.threads <= 1 || items <= 1) {
-    for (int64_t item = 0; item < items; ++item) body(item);
+    for (int64_t i = 0; i < items; ++i) body(from_last ? items - 1 - i : i);
     return;
   }
-  team.run(team, items, [](void* context, int64_t item) { (*static_cast<Body*>(context))(item); }, &body);
+  const auto call = [](void* context, int64_t item) { (*static_cast<Body*>(context))(item); };
+  team.run(team, items, from_last, call, &body);
 }
 
 constexpr int64_t kLine = 64;  // bytes of a cache line: vectors that cross one cost twice
