@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -16,11 +17,15 @@ namespace normwise {
 
 #if defined(__linux__)
 
-// Bytes of the last cache, or of a usual one.
+// Bytes of the last cache that one core reaches, or of a usual one. `sysconf` tells the sum of all such caches.
 inline int64_t last_cache() {
   static const int64_t bytes = [] {
-    const long told = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    return told > 0 ? int64_t(told) : int64_t(1) << 25;
+    long kibibytes = 0;
+    if (FILE* told = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "re")) {
+      if (std::fscanf(told, "%ldK", &kibibytes) != 1) kibibytes = 0;
+      std::fclose(told);
+    }
+    return kibibytes > 0 ? int64_t(kibibytes) << 10 : int64_t(1) << 25;
   }();
   return bytes;
 }
