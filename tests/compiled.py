@@ -6,7 +6,7 @@ import ctypes
 import math
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from normwise.pattern import parse, parse_names
 from normwise.plan import Over, Plan, make_plan
 from normwise.pointwise import Activation
 from normwise.recoveries import Recovery
+from tests.settings import changed
 from tests.tolerances import KERNELS, KERNELS_GRADIENTS, KERNELS_MOMENTS, KERNELS_SUMS, Tolerance
 
 needs_kernels = pytest.mark.skipif(extension is None, reason="`normwise backends` says why there are no kernels")
@@ -104,6 +105,11 @@ class Call:
         strides = torch.empty(self.plan.shape, device="meta").stride()
         use = "instead" if self.recalls else None
         return choose(self.plan, strides, self.dtype, "cpu", self.normalizer, self.declared, self.parameter_over, use)  # type: ignore[arg-type]
+
+
+def plain(text: str, sizes: dict[str, int], over: str, dtype: torch.dtype) -> Call:
+    """Standardized, with a weight and a bias over some axes, and nothing else."""
+    return Call(Word("", text, (over,)), tuple(sizes.items()), dtype, Standardize(EPS), Affine, over)
 
 
 class Numbers(NamedTuple):
@@ -210,27 +216,10 @@ def only_compiled() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def instruction_set(name: str) -> Iterator[None]:
+def instruction_set(name: str) -> AbstractContextManager[None]:
     """The kernels compiled for one that this processor has."""
     assert extension is not None
-    before = extension.instruction_set()
-    extension.use(name)
-    try:
-        yield
-    finally:
-        extension.use(before)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """As many threads as are asked for."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return changed(extension.instruction_set, extension.use, name)
 
 
 def compiled(call: Call, given: Numbers, *, alone: bool = True) -> Found:

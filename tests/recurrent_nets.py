@@ -37,7 +37,7 @@ def trained(layer: nn.Module) -> Any:
     return layer.eval()
 
 
-def same(actual: Any, expected: Any) -> None:
+def assert_same(actual: Any, expected: Any) -> None:
     for ours, theirs in zip((actual[0], *states(actual[1])), (expected[0], *states(expected[1])), strict=True):
         assert torch.equal(ours, theirs)
 

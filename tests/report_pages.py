@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from html.parser import HTMLParser
-from typing import Any
 
 import report_example
-from plotly.offline import get_plotlyjs
 
 from normwise.report import axes, confirmation, cost, curvature, curves, gradient, heat, layers, rates, stability
 from normwise.report.figures import Figure
 from normwise.tuning.records import Summary
+from tests.pages import own
 
 VARIANTS = {
     "five": report_example.example,
@@ -54,23 +52,10 @@ class Page(HTMLParser):
             self.texts[tag][-1] += data
 
 
-def own(page: str) -> str:
-    """The page without plotly's script."""
-    assert page.count(get_plotlyjs()) == 1
-    return page.replace(get_plotlyjs(), "")
-
-
 def visible(page: str) -> str:
     """The text a reader sees, with plain spaces."""
     body = re.sub(r"<(script|style).*?</\1>", "", own(page), flags=re.DOTALL)
     return " ".join(Page(body).texts["body"][0].replace("\xa0", " ").split())
-
-
-def drawings(page: str) -> list[dict[str, Any]]:
-    """The figures' JSON, as the browser would read it."""
-    found = re.search(r"const drawings = (.*);\n", own(page))
-    assert found
-    return json.loads(found[1])
 
 
 def cells(page: str, heading: str) -> list[str]:

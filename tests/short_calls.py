@@ -104,7 +104,7 @@ def outcome(layer: Norm, x: Tensor, call: Call | None = None) -> Outcome:
     return Outcome(y.detach(), grads, bytes_of(layer))
 
 
-def same(found: Outcome, expected: Outcome) -> None:
+def assert_same(found: Outcome, expected: Outcome) -> None:
     assert torch.equal(found.output, expected.output)
     assert found.output.stride() == expected.output.stride()
     for a, b in zip(found.gradients, expected.gradients, strict=True):

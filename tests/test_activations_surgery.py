@@ -84,7 +84,7 @@ def model_of(name: str) -> Any:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nw.BatchNorm(8, activation=name)).eval()
 
 
-def ends_with(model: Any, name: str, norm: nn.Module, x: Tensor) -> None:
+def assert_ends_with(model: Any, name: str, norm: nn.Module, x: Tensor) -> None:
     check(model(x), FUNCTIONS[name](norm(model[0](x))), VALUES)
 
 
@@ -96,14 +96,14 @@ def test_swapping_by_name_keeps_it(word: Any, name: str) -> None:
     quietly(plain, "batch", word)
     assert type(model[1]) is type(plain[1])
     assert model[1].spec.activation == name
-    ends_with(model, name, plain[1], x)
+    assert_ends_with(model, name, plain[1], x)
 
 
 @activations
 def test_swapping_for_nothing_leaves_it(name: str) -> None:
     model = model_of(name)
     quietly(model, "batch", "none")
-    ends_with(model, name, nn.Identity(), torch.randn(2, 3, 6, 6))
+    assert_ends_with(model, name, nn.Identity(), torch.randn(2, 3, 6, 6))
     assert list(model[1].named_children()) == [("norm", model[1].norm), ("act", model[1].act)]
     assert (type(model[1].norm), type(model[1].act), model[1].act.training) == (nn.Identity, LAYERS[name], False)
 
@@ -122,13 +122,13 @@ MADE: dict[str, Callable[[str], nn.Module]] = {
 def test_swapping_by_a_function_applies_it_once(made: str, name: str) -> None:
     model = model_of(name)
     quietly(model, "batch", lambda old: MADE[made](name))
-    ends_with(model, name, nn.GroupNorm(2, 8), torch.randn(2, 3, 6, 6))
+    assert_ends_with(model, name, nn.GroupNorm(2, 8), torch.randn(2, 3, 6, 6))
 
 
 def test_a_function_may_choose_another() -> None:
     model = model_of("relu")
     quietly(model, "batch", lambda old: nw.GroupNorm(2, 8, activation="gelu"))
-    ends_with(model, "gelu", nn.GroupNorm(2, 8), torch.randn(2, 3, 6, 6))
+    assert_ends_with(model, "gelu", nn.GroupNorm(2, 8), torch.randn(2, 3, 6, 6))
 
 
 def test_a_function_that_would_lose_it_is_refused() -> None:
@@ -143,7 +143,7 @@ def test_a_function_that_would_lose_it_is_refused() -> None:
 def test_a_renewed_model_keeps_it(name: str) -> None:
     model = model_of(name)
     renew(model, lambda features, axis: nn.GroupNorm(2, features))
-    ends_with(model, name, nn.GroupNorm(2, 8), torch.randn(2, 3, 6, 6))
+    assert_ends_with(model, name, nn.GroupNorm(2, 8), torch.randn(2, 3, 6, 6))
 
 
 @activations

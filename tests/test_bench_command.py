@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from normwise.bench import layers, machine, run
 from normwise.bench.results import read, save
 from normwise.commands import app
+from tests.settings import threads
 
 TINY = ["--op", "layer_norm,add_rms_norm", "--shape", "16,8", "--compile", "none", "--quick"]
 
@@ -24,9 +25,8 @@ TINY = ["--op", "layer_norm,add_rms_norm", "--shape", "16,8", "--compile", "none
 def _briefly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The fewest rounds, and threads as they were."""
     monkeypatch.setattr(run, "QUICK", 0.0)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+    with threads(torch.get_num_threads()):
+        yield
 
 
 def invoke(*words: str) -> tuple[int, str, str]:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from bench_stubs import IMAGES, LLAMA, MACHINE, ROWS, around, failed, outcome, results
-from plotly.offline import get_plotlyjs
 
 from normwise.bench import page, screen
 from normwise.bench.compare import compare
 from normwise.bench.results import Results, from_json, read, save
 from normwise.errors import StudyError
+from tests.pages import Text, drawings, own
 
 # ------------------------------------------------------------------------------------------------------- the records
 
@@ -153,33 +152,16 @@ def test_the_headline_is_of_whole_models() -> None:
 # ------------------------------------------------------------------------------------------------------------- the page
 
 
-class Text(HTMLParser):
-    """The text of a page, and what it loads."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.text, self.loaded = "", []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.loaded += [value for name, value in attrs if name in ("src", "href") and value != "data:,"]
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
     path = page.write(results(outcome(LLAMA), outcome(ROWS), failed(IMAGES), complete=False), tmp_path)
-    text = path.read_text()
-    assert text.count(get_plotlyjs()) == 1
-    text = text.replace(get_plotlyjs(), "")
+    written = path.read_text()
+    text = own(written)
     found = Text(text)
     assert found.loaded == []
     assert "<b>abacus" not in text
     for words in ("<b>abacus</b>", "llama training 1.50", "Interrupted", "FAILED, not timed", "125", "2 ± 0.04"):
         assert words in found.text
-    drawings = json.loads(text.split("const drawings = ")[1].split(";\n")[0])
-    assert [drawing["name"] for drawing in drawings] == ["bars-models", "bars-layer_norm"]
+    assert [drawing["name"] for drawing in drawings(written)] == ["bars-models", "bars-layer_norm"]
 
 
 def test_bars_reach_for_the_copy() -> None:

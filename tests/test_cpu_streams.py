@@ -5,6 +5,7 @@ Poisoned memory has been written, so its pages are there.
 
 from __future__ import annotations
 
+import math
 import mmap
 import sys
 from typing import Any
@@ -22,6 +23,8 @@ pytestmark = [needs_kernels, on_linux]
 _poison = pytest.fixture(poison)
 kernels: Any = extension
 LAST_CACHE = 0 if extension is None else kernels.last_cache()
+MOST_OF_A_ROW = 2**14  # bytes
+PART = LAST_CACHE // 4  # bytes that are not streamed
 
 
 def address(memory: mmap.mmap) -> int:
@@ -43,17 +46,30 @@ def test_memory_that_is_not_there_is_not_streamed_to() -> None:
     assert kernels.streams(mmap.PAGESIZE, 2 * LAST_CACHE) is False
 
 
+@pytest.mark.usefixtures("_poison")
+def test_poisoned_memory_is_streamed_to() -> None:
+    assert kernels.streams(torch.empty(LAST_CACHE, dtype=torch.uint8).data_ptr(), LAST_CACHE)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[Tensor]:
+    """Bytes of two inputs that are large enough. Drawing them, and fresh pages, take longer than the kernels."""
+    halves = (LAST_CACHE + MOST_OF_A_ROW) // 2  # two of them, side by side, are a float32 from 0 to 1 as well
+    return [torch.rand(halves, dtype=torch.bfloat16) for _ in range(2)]
+
+
+def tensors_of(drawn: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As many rows as take the size of the last cache, and one more."""
+    numbers = math.prod(shape)
+    rows = LAST_CACHE // (numbers * dtype.itemsize) + 1
+    x, d_output = (memory.view(dtype)[: rows * numbers].view(rows, *shape) for memory in drawn)
+    return x, d_output
+
+
 def outcome(layer: nn.Module, x: Tensor, d_output: Tensor) -> tuple[Tensor, Tensor]:
     x = x.detach().requires_grad_()
     output = layer(x)
     return output.detach(), torch.autograd.grad(output, x, d_output)[0]
-
-
-def in_parts(layer: nn.Module, x: Tensor, d_output: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, of parts that are too small to be streamed."""
-    parts = [outcome(layer, *part) for part in zip(x.split(len(x) // 4), d_output.split(len(x) // 4), strict=True)]
-    outputs, gradients = zip(*parts, strict=True)
-    return torch.cat(outputs), torch.cat(gradients)
 
 
 LAYERS = {
@@ -68,22 +84,23 @@ LAYERS = {
 
 @pytest.mark.usefixtures("_poison")
 @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
-def test_the_same_bits_as_through_the_caches(make: Any, shape: tuple[int, ...]) -> None:
-    check(make, shape, torch.float32)
+def test_the_same_bits_as_through_the_caches(drawn: list[Tensor], make: Any, shape: tuple[int, ...]) -> None:
+    assert_same_in_parts(make, tensors_of(drawn, shape, torch.float32))
 
 
 @pytest.mark.usefixtures("_poison")
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
-def test_the_same_bits_of_each_instruction_set(name: str) -> None:
+def test_the_same_bits_of_each_instruction_set(drawn: list[Tensor], name: str) -> None:
+    make, shape = LAYERS["rows"]
     with instruction_set(name):
-        check(*LAYERS["rows"], torch.bfloat16)
+        assert_same_in_parts(make, tensors_of(drawn, shape, torch.bfloat16))
 
 
-def check(make: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    rows = LAST_CACHE // (torch.empty(shape).numel() * dtype.itemsize) + 4
-    x, d_output = (torch.rand(rows // 4 * 4, *shape, dtype=dtype) for _ in range(2))
-    layer = make()
-    whole = outcome(layer, x, d_output)
-    assert kernels.streams(torch.empty_like(whole[0]).data_ptr(), whole[0].nbytes)
-    parts = in_parts(layer, x, d_output)
-    assert all(torch.equal(*pair) for pair in zip(whole, parts, strict=True))
+def assert_same_in_parts(make: Any, inputs: tuple[Tensor, Tensor]) -> None:
+    """The outcome of a whole that is streamed, and of parts that are too small for it."""
+    layer, size = make(), len(inputs[0]) * PART // inputs[0].nbytes
+    whole = outcome(layer, *inputs)
+    assert all(tensor.nbytes >= LAST_CACHE and tensor[-1].any() for tensor in whole)
+    pieces = zip(*(tensor.split(size) for tensor in (*inputs, *whole)), strict=True)
+    for x, d_output, *expected in pieces:
+        assert all(map(torch.equal, outcome(layer, x, d_output), expected))

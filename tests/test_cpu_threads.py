@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from normwise import RMS, Affine, Standardize
-from tests.compiled import DTYPES, Call, Found, Numbers, Word, compiled, needs_kernels, numbers, threads
+from normwise import RMS
+from tests.compiled import DTYPES, Call, Found, Numbers, compiled, needs_kernels, numbers, plain
+from tests.settings import threads
 
 pytestmark = needs_kernels
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -39,9 +40,9 @@ every_large = pytest.mark.parametrize(("text", "sizes", "over"), LARGE, ids=str)
 
 def calls(text: str, sizes: dict[str, int], over: str, dtype: torch.dtype = torch.float32) -> list[Call]:
     """With and without a mask, a residual and remembered statistics."""
-    plain = Call(Word("", text, (over,)), tuple(sizes.items()), dtype, Standardize(0.01), Affine, over)
-    masked = replace(plain, masked=tuple(sizes), residual=True, activation="gelu")
-    return [plain, masked, replace(plain, normalizer=RMS(0.01), masked=("n",), recalls=True)]
+    call = plain(text, sizes, over, dtype)
+    masked = replace(call, masked=tuple(sizes), residual=True, activation="gelu")
+    return [call, masked, replace(call, normalizer=RMS(0.01), masked=("n",), recalls=True)]
 
 
 def bits(found: Found) -> list[Tensor]:
@@ -144,7 +145,7 @@ def _run(call: Call, given: Numbers) -> list[Tensor]:
 
 
 def python(code: str) -> str:
-    """What code prints in a process of its own, which has half a minute."""
+    """What code prints in a process of its own, which has a minute."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, env=environment

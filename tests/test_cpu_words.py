@@ -27,6 +27,7 @@ from tests.compiled import (
     instruction_set,
     needs_kernels,
     numbers,
+    plain,
     poison,
 )
 
@@ -96,7 +97,7 @@ LARGE = (
 @every_dtype
 @pytest.mark.parametrize(("text", "sizes", "over"), LARGE, ids=str)
 def test_large_ones(text: str, sizes: dict[str, int], over: str, dtype: torch.dtype) -> None:
-    call = Call(Word("", text, (over,)), tuple(sizes.items()), dtype, Standardize(0.01), Affine, over)
+    call = plain(text, sizes, over, dtype)
     check_call(call)
     check_call(replace(call, normalizer=RMS(0.01), recovery=Scale, residual=True, activation="relu"))
     check_call(replace(call, masked=tuple(sizes), residual=True, unused="sum"))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import normwise as nw
 from tests.catalogue import CASES, LAYOUTS, Case, Family, laid_out, randomize
 from tests.memory_order import output_strides
+from tests.settings import threads
 from tests.tolerances import LAYOUT
 from tests.truth import EVERY
 
@@ -27,10 +28,8 @@ IN_PAIRS = ("GroupNorm", "Norm of time steps", "Norm, rms over the middle")  # f
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+    with threads(request.param):
+        yield
 
 
 def lying(case: Case, layout: str, dtype: torch.dtype) -> Tensor:
@@ -93,12 +92,8 @@ def test_a_column_does_not_depend_on_its_neighbors(family: Family, neighbor: flo
 
 def test_a_long_row_of_torch_depends_on_how_many_there_are() -> None:
     x = torch.randn(64, 65537) + 3
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with threads(2):
         alone, together = ((row - row.mean(1, keepdim=True)).square().sum(1)[0] for row in (x[:1], x))
-    finally:
-        torch.set_num_threads(threads)
     assert not torch.equal(alone, together)  # plain operators divide one long row among threads, and many by the row
 
 

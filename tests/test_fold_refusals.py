@@ -232,7 +232,7 @@ def test_a_layer_of_unknown_sizes_still_does_not_know_them() -> None:
 # ------------------------------------------------------------- what a forward does not show, or shows only in its way
 
 
-def changes_nothing(model: nn.Module, x: Tensor) -> None:
+def assert_fold_changes_nothing(model: nn.Module, x: Tensor) -> None:
     modules, before = list(model.modules()), state(model)
     assert nw.fold(model, x).paths == ()
     assert state(model) == before
@@ -241,19 +241,19 @@ def changes_nothing(model: nn.Module, x: Tensor) -> None:
 
 @pytest.mark.parametrize("path", ["0", "1"])
 def test_a_hook_on_what_holds_the_layer_sees_its_outputs(path: str) -> None:
-    changes_nothing(with_hook(path)(), torch.randn(ROWS))
+    assert_fold_changes_nothing(with_hook(path)(), torch.randn(ROWS))
 
 
 def test_what_is_kept_for_later_is_read() -> None:
-    changes_nothing(linear_bn(kept)(), torch.randn(ROWS))
+    assert_fold_changes_nothing(linear_bn(kept)(), torch.randn(ROWS))
 
 
 def test_weights_that_are_tied_to_a_layer_which_this_forward_does_not_reach() -> None:
-    changes_nothing(tied(called=False)(), torch.randn(TOKENS))
+    assert_fold_changes_nothing(tied(called=False)(), torch.randn(TOKENS))
 
 
 def test_what_is_in_the_attributes_of_an_output_is_read() -> None:
-    changes_nothing(
+    assert_fold_changes_nothing(
         linear_bn(lambda m, x: (lambda y: SimpleNamespace(features=y, logits=m.b(y)))(m.c(x)))(), torch.randn(ROWS)
     )
 

@@ -22,7 +22,7 @@ def test_signatures_are_torchs(name: str) -> None:
         assert parameter.kind == twin.kind
 
 
-def _compare(name: str, x: Tensor, *args: object, **options: object) -> None:
+def _assert_equals_torch(name: str, x: Tensor, *args: object, **options: object) -> None:
     tensors = [a for a in (*args, *options.values()) if isinstance(a, Tensor) and a.requires_grad]
     cotangent = torch.randn(x.shape, dtype=x.dtype)
     results = []
@@ -50,8 +50,8 @@ def test_batch_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = torch.randn(shape, dtype=dtype) * 2 + 1
     mean, var = torch.randn(6, dtype=dtype), torch.rand(6, dtype=dtype) + 0.5
     for weight, bias in _parameters(6, dtype):
-        _compare("batch_norm", x, mean, var, weight, bias)
-        _compare("batch_norm", x, None, None, weight, bias, training=True, eps=0.1)
+        _assert_equals_torch("batch_norm", x, mean, var, weight, bias)
+        _assert_equals_torch("batch_norm", x, None, None, weight, bias, training=True, eps=0.1)
 
 
 @dtypes
@@ -60,8 +60,8 @@ def test_instance_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = torch.randn(shape, dtype=dtype) * 2 + 1
     mean, var = torch.randn(6, dtype=dtype), torch.rand(6, dtype=dtype) + 0.5
     for weight, bias in _parameters(6, dtype):
-        _compare("instance_norm", x, weight=weight, bias=bias)
-        _compare("instance_norm", x, mean, var, weight, bias, use_input_stats=False)
+        _assert_equals_torch("instance_norm", x, weight=weight, bias=bias)
+        _assert_equals_torch("instance_norm", x, mean, var, weight, bias, use_input_stats=False)
 
 
 @dtypes
@@ -70,7 +70,7 @@ def test_group_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = torch.randn(shape, dtype=dtype) * 2 + 1
     both, only_weight, only_bias, neither = _parameters(6, dtype)
     for weight, bias in (both, neither):
-        _compare("group_norm", x, 2, weight, bias, eps=0.01)
+        _assert_equals_torch("group_norm", x, 2, weight, bias, eps=0.01)
     for weight, bias in (only_weight, only_bias):  # torch cannot differentiate these, ours can
         given = bias if weight is None else weight
         y = NF.group_norm(x, 2, weight, bias, eps=0.01)
@@ -88,10 +88,10 @@ def test_layer_norm_and_rms_norm(shape: tuple[int, ...], normalized: tuple[int, 
     x = torch.randn(shape, dtype=dtype) * 2 + 1
     weight, bias = (torch.randn(normalized, dtype=dtype, requires_grad=True) for _ in range(2))
     for given in ((weight, bias), (weight, None), (None, bias), (None, None)):
-        _compare("layer_norm", x, normalized, *given, eps=0.01)
+        _assert_equals_torch("layer_norm", x, normalized, *given, eps=0.01)
     for one in (weight, None):
-        _compare("rms_norm", x, normalized, one)
-        _compare("rms_norm", x, list(normalized), one, eps=0.1)
+        _assert_equals_torch("rms_norm", x, normalized, one)
+        _assert_equals_torch("rms_norm", x, list(normalized), one, eps=0.1)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def outcome(layer: nn.Module, x: Tensor, cotangent: Tensor) -> tuple[Tensor, lis
     return y.detach(), list(torch.autograd.grad(y, [leaf, *layer.parameters()], cotangent))
 
 
-def compare(ours: nn.Module, twin: nn.Module, x: Tensor, values: Tolerance, gradients: Tolerance) -> None:
+def assert_equals_twin(ours: nn.Module, twin: nn.Module, x: Tensor, values: Tolerance, gradients: Tolerance) -> None:
     cotangent = torch.randn(x.shape, dtype=x.dtype)
     (y, grads), (y_twin, grads_twin) = outcome(ours, x, cotangent), outcome(twin, x, cotangent)
     check(y, y_twin, values)
@@ -42,14 +42,14 @@ def compare(ours: nn.Module, twin: nn.Module, x: Tensor, values: Tolerance, grad
 @every_case
 def test_float32_equals_torch_in_every_layout(case: Case, training: bool, layout: str) -> None:
     ours, twin = (layer.train(training) for layer in case.pair())
-    compare(ours, twin, laid_out(case, layout), VALUES, GRADIENTS)
+    assert_equals_twin(ours, twin, laid_out(case, layout), VALUES, GRADIENTS)
 
 
 @either_mode
 @every_case
 def test_float64_equals_torch(case: Case, training: bool) -> None:
     ours, twin = (layer.train(training) for layer in case.pair(torch.float64))
-    compare(ours, twin, laid_out(case, "contiguous", torch.float64), DOUBLE, DOUBLE)
+    assert_equals_twin(ours, twin, laid_out(case, "contiguous", torch.float64), DOUBLE, DOUBLE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -7,12 +7,9 @@ import math
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
-from plotly.offline import get_plotlyjs
 from typer.testing import CliRunner
 
 from normwise.commands import app
@@ -21,6 +18,8 @@ from normwise.lessons import Chart, Check, Lesson, about, gather, tell
 from normwise.lessons.gather import NAMES, measure_of, run, script
 from normwise.lessons.page import check_place, render, write
 from normwise.lessons.words import grid, text_of
+from tests.pages import Text, drawings, own
+from tests.settings import threads
 
 LESSONS = Path(__file__).parent.parent / "examples" / "lessons"
 LONGEST_SCRIPT = 140
@@ -41,12 +40,8 @@ def lesson(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_lesson_is_reproduced_at_small_size(name: str) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads(1):
         found = measure_of(name)("small")
-    finally:
-        torch.set_num_threads(threads)
     assert found.reproduced, text_of(found)
     assert (found.name, found.size) == (name, "small")
     assert found.table
@@ -148,34 +143,18 @@ def test_a_script_ends_with_1_where_a_claim_fails(capsys: pytest.CaptureFixture[
 # -------------------------------------------------------------------------------------------------------- the page
 
 
-class Text(HTMLParser):
-    """The text of a page, and what it loads."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.text, self.loaded = "", []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.loaded += [value for name, value in attrs if name in ("src", "href") and value != "data:,"]
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 def test_the_page_says_claim_setting_number_and_verdict() -> None:
     page = render([lesson(name="one"), lesson(name="two", measured=3.0, claim="<script>alert(1)</script>", bars=True)])
-    assert page.count(get_plotlyjs()) == 1
-    page = page.replace(get_plotlyjs(), "")
-    found = Text(page)
+    text = own(page)
+    found = Text(text)
     assert found.loaded == []
-    assert "<script>alert(1)" not in page
-    for text in ("1 of 2 claims reproduced.", "Setting: paper & pencil.", "1.6 to 2.5", "Not reproduced.", "rounding"):
-        assert text in found.text
-    drawings = json.loads(page.split("const drawings = ")[1].split(";\n")[0])
-    assert [drawing["name"] for drawing in drawings] == ["chart-one", "chart-two"]
-    assert drawings[0]["data"][-1]["y"] == drawings[1]["data"][0]["y"] == [3.0, 4.0]
-    assert drawings[0]["data"][0]["name"] == drawings[1]["data"][0]["name"] == "&lt;i&gt;one&lt;/i&gt;"
+    assert "<script>alert(1)" not in text
+    for words in ("1 of 2 claims reproduced.", "Setting: paper & pencil.", "1.6 to 2.5", "Not reproduced.", "rounding"):
+        assert words in found.text
+    one, two = drawings(page)
+    assert (one["name"], two["name"]) == ("chart-one", "chart-two")
+    assert one["data"][-1]["y"] == two["data"][0]["y"] == [3.0, 4.0]
+    assert one["data"][0]["name"] == two["data"][0]["name"] == "&lt;i&gt;one&lt;/i&gt;"
 
 
 def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

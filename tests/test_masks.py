@@ -23,7 +23,7 @@ from tests.tolerances import COMPILED, DOUBLE, EXACT, GRADIENTS, LOW_PRECISION_F
 PADDINGS = (0.0, -1e9, torch.inf, -torch.inf, torch.nan)
 
 
-def _agrees(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> None:
+def _assert_agrees(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> None:
     """As float32 and float64 are held to; below, to twice the error of rounding what is expected."""
     if actual.dtype.itemsize >= 4:
         check(actual.double(), expected, DOUBLE if actual.dtype is torch.float64 else tolerance)
@@ -57,12 +57,12 @@ def _step(kind: Kind, layer: Norm, loop: Loop, mask: Tensor, dtype: torch.dtype,
     expected = torch.where(valid, values, 0.0).reshape(kind.shape)
     y = layer(x, **kind.options(mask))
     assert y.dtype is dtype
-    _agrees(y.detach(), expected.detach(), VALUES)
+    _assert_agrees(y.detach(), expected.detach(), VALUES)
     cotangent = torch.randn(kind.shape).to(dtype)
     grads = torch.autograd.grad(y, [x, *layer.parameters()], cotangent)
     wanted = torch.autograd.grad(expected, leaves, cotangent.double(), materialize_grads=True)
     for grad, wants in zip(grads, wanted, strict=True):
-        _agrees(grad, wants, GRADIENTS)
+        _assert_agrees(grad, wants, GRADIENTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["f32", "bf16", "f64"])
@@ -78,7 +78,7 @@ def test_valid_elements_count_and_no_others(kind: Kind, memory: str, dtype: torc
             assert int(layer.num_batches_tracked) == loop.batches
         if memory != "none":
             for name, wants in zip(reversed(kind.normalizer.remembers), (loop.power, loop.mean), strict=False):
-                _agrees(getattr(layer, f"running_{name}"), wants, MEMORY)
+                _assert_agrees(getattr(layer, f"running_{name}"), wants, MEMORY)
 
 
 def _everything(layer: Norm, x: Tensor, cotangent: Tensor, **options: object) -> list[Tensor]:
@@ -90,7 +90,7 @@ def _everything(layer: Norm, x: Tensor, cotangent: Tensor, **options: object) ->
     return [y.detach(), *grads, *layer.buffers()]
 
 
-def _same_bits(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
+def _assert_same_bits(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
     for a, b in zip(one, other, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
@@ -111,7 +111,7 @@ def test_padding_changes_no_bit_of_anything(kind: Kind, memory: str, dtype: torc
         assert d_x[valid].any()
         for padding in PADDINGS:  # in the input, and in the gradient that comes in
             padded, padded_cotangent = (torch.where(valid, tensor, padding) for tensor in (x, cotangent))
-            _same_bits(_everything(layer, padded, padded_cotangent, **kind.options(mask)), [y, d_x, *rest])
+            _assert_same_bits(_everything(layer, padded, padded_cotangent, **kind.options(mask)), [y, d_x, *rest])
 
 
 COUNTED_ALIKE = [case for case in CASES if "average" not in case.name]  # an average takes no mask along c
@@ -125,8 +125,8 @@ def test_named_layers_do_not_see_padding(case: Case) -> None:
     assert clean[0][valid].any()
     assert not clean[0][~valid].any()
     nan, huge = (torch.where(valid, x, padding) for padding in (torch.nan, 3e38))
-    _same_bits(_everything(layer, nan, torch.where(valid, cotangent, torch.nan), valid=valid), clean)
-    _same_bits(_everything(layer, huge, cotangent, valid=valid), clean)
+    _assert_same_bits(_everything(layer, nan, torch.where(valid, cotangent, torch.nan), valid=valid), clean)
+    _assert_same_bits(_everything(layer, huge, cotangent, valid=valid), clean)
     check(layer(x, valid=torch.ones_like(valid)), layer(x), VALUES)
 
 
@@ -156,7 +156,7 @@ def test_one_valid_element_gives_the_bias_and_does_not_enter(memory: object) -> 
     d_x, d_bias = torch.autograd.grad(y, [x, norm.bias], torch.full((4, 3), 7.0))
     assert not d_x.any()
     assert d_bias.tolist() == [7.0] * 3
-    _same_bits(list(norm.state_dict().values()), list(before.values()))
+    _assert_same_bits(list(norm.state_dict().values()), list(before.values()))
 
 
 def test_one_valid_element_of_a_corrected_memory_that_stands_in() -> None:

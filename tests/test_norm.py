@@ -173,7 +173,7 @@ def test_an_optimizer_made_before_the_first_call_holds_the_same_parameters() -> 
     assert norm.weight is weight
 
 
-def _same(a: Norm, b: Norm, x: Tensor) -> None:
+def _assert_same(a: Norm, b: Norm, x: Tensor) -> None:
     assert a.spec == b.spec
     assert repr(a) == repr(b)
     assert torch.equal(a(x), b(x))
@@ -184,13 +184,13 @@ def _same(a: Norm, b: Norm, x: Tensor) -> None:
 def test_copies_of_a_lazy_layer_are_lazy_layers(copier: type) -> None:
     again = copier(lazy())
     assert is_lazy(again.weight)
-    _same(again, lazy(), torch.randn(4, 3))
+    _assert_same(again, lazy(), torch.randn(4, 3))
 
 
 def test_a_deepcopy_of_a_lazy_layer_is_a_lazy_layer() -> None:
     again = copy.deepcopy(lazy())
     assert is_lazy(again.weight)
-    _same(again, lazy(), torch.randn(4, 3))
+    _assert_same(again, lazy(), torch.randn(4, 3))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_copies_are_equal_and_independent(copier: type, make: type) -> None:
     norm(x * 2 + 1)
     again = copier(norm)
     assert type(again) is type(norm)
-    _same(again, norm, x)
+    _assert_same(again, norm, x)
     again.weight.data.fill_(7.0)
     assert (norm.weight == 1).all()
 

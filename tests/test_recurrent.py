@@ -23,8 +23,8 @@ from tests.recurrent_nets import (
     PER_STEP,
     SHARED,
     TWINS,
+    assert_same,
     randomized,
-    same,
     standardized,
     states,
     trained,
@@ -58,13 +58,13 @@ def test_without_a_norm_it_is_torchs_bit_for_bit(kind: type, options: dict[str, 
     twin.load_state_dict(ours.state_dict(), strict=True)
     assert repr(ours) == repr(twin)
     x = torch.randn(6, 4, 3)
-    same(ours(x), twin(x))
-    same(ours(x[:, 0]), twin(x[:, 0]))
+    assert_same(ours(x), twin(x))
+    assert_same(ours(x[:, 0]), twin(x[:, 0]))
     packed = pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
     (ours_out, ours_last), (twin_out, twin_last) = ours(packed), twin(packed)
-    same((ours_out.data, ours_last), (twin_out.data, twin_last))
+    assert_same((ours_out.data, ours_last), (twin_out.data, twin_last))
     padded = ours(x, lengths=LENGTHS)
-    same(padded, (pad_packed_sequence(twin_out)[0], twin_last))
+    assert_same(padded, (pad_packed_sequence(twin_out)[0], twin_last))
 
 
 def test_device_and_dtype_may_come_by_position() -> None:
@@ -196,7 +196,7 @@ def test_lengths_are_as_if_each_sequence_were_packed(kind: type, norm: Norm) -> 
     packed_output, packed_last = layer(packed)
     assert isinstance(packed_output, PackedSequence)
     assert torch.equal(packed_output.unsorted_indices, packed.unsorted_indices)
-    same((pad_packed_sequence(packed_output)[0], packed_last), (output, last))
+    assert_same((pad_packed_sequence(packed_output)[0], packed_last), (output, last))
     for example, length in enumerate(LENGTHS.tolist()):
         alone, alone_last = layer(x[:length, example])
         check(output[:length, example], alone, VALUES)
@@ -221,8 +221,8 @@ def test_batch_first(kind: type, norm: Norm) -> None:
     first.batch_first = True
     x = torch.randn(6, 4, 3)
     (output, last), (output_first, last_first) = layer(x), first(x.transpose(0, 1))
-    same((output_first.transpose(0, 1), last_first), (output, last))
-    same(first(x[:, 0]), layer(x[:, 0]))
+    assert_same((output_first.transpose(0, 1), last_first), (output, last))
+    assert_same(first(x[:, 0]), layer(x[:, 0]))
 
 
 @KINDS
@@ -271,10 +271,10 @@ def test_dropout_stands_between_the_layers_in_training_only() -> None:
     assert not torch.equal(layer(x)[0], layer(x)[0])
     plain = LSTM(3, 64, 2, norm=LAYER)
     plain.load_state_dict(layer.state_dict())
-    same(layer.eval()(x), plain(x))
+    assert_same(layer.eval()(x), plain(x))
     layer.dropout = 1.0
     layer.train()
-    same((layer(x)[0][0], layer(x)[1]), (layer(x + 1)[0][0], layer(x)[1]))
+    assert_same((layer(x)[0][0], layer(x)[1]), (layer(x + 1)[0][0], layer(x)[1]))
 
 
 # Time
@@ -351,7 +351,7 @@ def test_a_layer_norm_is_checkpointed_and_copied_and_called_twice() -> None:
             torch.autograd.grad(loss, [x, *layer.parameters()], retain_graph=True), plain, strict=True
         ):
             assert torch.equal(ours, expected)
-    same(copy.deepcopy(layer)(x), layer(x))
+    assert_same(copy.deepcopy(layer)(x), layer(x))
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def test_derivatives(kind: type, norm: Norm, lengths: Tensor | None) -> None:
         return output, *states(last)
 
     inputs = [torch.randn(3, 3, 2, dtype=torch.float64), *(p.detach() for p in parameters.values())]
-    torch.autograd.gradcheck(run, [x.requires_grad_() for x in inputs], fast_mode=True)
+    assert torch.autograd.gradcheck(run, [x.requires_grad_() for x in inputs], fast_mode=True)
 
 
 @KINDS

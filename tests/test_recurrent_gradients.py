@@ -39,7 +39,7 @@ def error(found: list[Tensor], exact: list[Tensor]) -> float:
     return max(((ours.double() - wanted).abs().max() / wanted.abs().max()).item() for ours, wanted in pairs)
 
 
-def compared(
+def assert_gradients_right(
     net: nn.Module, x: Tensor, lengths: Tensor | None = None, run: Callable[..., Tensor] | None = None
 ) -> None:
     """Right to rounding, or, where steps amplify rounding, at most twice as far off as autograd over the same scan."""
@@ -61,7 +61,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_every_layout(kind: type, layout: Callable[[Tensor], Tensor], batch_first: bool) -> None:
-    compared(kind(5, 7, batch_first=batch_first, norm=LAYER), layout(torch.randn(9, 4, 5)))
+    assert_gradients_right(kind(5, 7, batch_first=batch_first, norm=LAYER), layout(torch.randn(9, 4, 5)))
 
 
 @KINDS
@@ -69,12 +69,12 @@ def test_every_layout(kind: type, layout: Callable[[Tensor], Tensor], batch_firs
 def test_lengths_directions_and_layers(kind: type, batch_first: bool) -> None:
     net = kind(5, 7, num_layers=2, bidirectional=True, batch_first=batch_first, norm=LAYER)
     x = torch.randn(4, 9, 5) if batch_first else torch.randn(9, 4, 5)
-    compared(net, x, torch.tensor([9, 1, 4, 6]))
+    assert_gradients_right(net, x, torch.tensor([9, 1, 4, 6]))
 
 
 @KINDS
 def test_more_steps_than_a_block_holds(kind: type) -> None:
-    compared(kind(3, 4, batch_first=True, norm=LAYER), torch.randn(150, 5, 3))
+    assert_gradients_right(kind(3, 4, batch_first=True, norm=LAYER), torch.randn(150, 5, 3))
 
 
 @KINDS
@@ -88,7 +88,7 @@ def test_under_checkpointing(kind: type, reentrant: bool) -> None:
         output, *state = checkpoint(flat, net, x, use_reentrant=reentrant)  # nested outputs are lost to reentrant ones
         return output, tuple(state)
 
-    compared(kind(5, 7, batch_first=True, norm=LAYER), torch.randn(4, 9, 5), run=again)
+    assert_gradients_right(kind(5, 7, batch_first=True, norm=LAYER), torch.randn(4, 9, 5), run=again)
 
 
 @KINDS
@@ -98,7 +98,7 @@ def test_uninitialized_memory_never_shows(kind: type) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         for batch_first in (False, True):
-            compared(kind(5, 7, batch_first=batch_first, norm=LAYER), torch.randn(6, 4, 5))
+            assert_gradients_right(kind(5, 7, batch_first=batch_first, norm=LAYER), torch.randn(6, 4, 5))
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = before
         torch.use_deterministic_algorithms(False)

@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import report_example
 from plotly.offline import get_plotlyjs
-from report_pages import VARIANTS, Page, cells, drawings, figures, own, visible
+from report_pages import VARIANTS, Page, cells, figures, visible
 
 from normwise.report import render, tables
 from normwise.report.figures import plain
 from normwise.tuning.records import Edge
+from tests.pages import drawings, own
 
 SECTIONS = [
     "The answer",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import report_example
-from report_pages import Page, cells, own, visible
+from report_pages import Page, cells, visible
 
 from normwise.report import axes, render, words
 from normwise.tuning.records import VariantSummary
+from tests.pages import own
 
 
 def test_a_study_that_is_healthy_says_so_and_how_to_see_more() -> None:

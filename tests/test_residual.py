@@ -28,7 +28,7 @@ def _apart(layer: torch.nn.Module, x: Tensor, r: Tensor, d_y: Tensor, d_s: Tenso
     return [y.detach(), s.detach(), *torch.autograd.grad([y, s], [*leaves, *layer.parameters()], [d_y, d_s])]
 
 
-def _same_bits(one: list[Tensor], other: list[Tensor]) -> None:
+def _assert_same_bits(one: list[Tensor], other: list[Tensor]) -> None:
     for a, b in zip(one, other, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
@@ -41,10 +41,10 @@ def test_both_outputs_and_all_gradients(case: Case, training: bool) -> None:
     twin = copy.deepcopy(layer)
     tensors = [torch.randn(case.shape) for _ in range(4)]
     results = _both(layer, *tensors)
-    _same_bits(results, _apart(twin, *tensors))
+    _assert_same_bits(results, _apart(twin, *tensors))
     assert torch.equal(results[1], tensors[0] + tensors[1])
     assert torch.equal(results[2], results[3])
-    _same_bits(list(layer.buffers()), list(twin.buffers()))
+    _assert_same_bits(list(layer.buffers()), list(twin.buffers()))
 
 
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
@@ -79,8 +79,8 @@ def test_under_a_mask_the_sum_is_whole_and_carries_the_gradient(padding: float) 
     assert not y[~valid].any()
     assert torch.equal(d_x[~valid], d_s[~valid])  # through the sum only
     assert not torch.equal(d_x[valid], d_s[valid])
-    _same_bits([y, d_x, d_r, *d_parameters, *norm.buffers()], [wants[0], *wants[2:], *clean.buffers()])
-    _same_bits(_apart(twin, x, r, d_y, d_s, valid=valid), wants)
+    _assert_same_bits([y, d_x, d_r, *d_parameters, *norm.buffers()], [wants[0], *wants[2:], *clean.buffers()])
+    _assert_same_bits(_apart(twin, x, r, d_y, d_s, valid=valid), wants)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)

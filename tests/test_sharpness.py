@@ -243,7 +243,7 @@ def test_differences_where_there_is_no_second_derivative() -> None:
     assert (exact.method, exact.why) == ("exact", "")
     assert found.method == "differences"
     assert found.why == "trying to differentiate twice a function that was marked with @once_differentiable"
-    close(found, exact)
+    assert_close(found, exact)
 
 
 def test_exact_refuses_where_there_is_none() -> None:
@@ -274,17 +274,17 @@ def test_the_flash_kernel_of_attention_has_no_second_derivative() -> None:
         exact = sharpness(model, batch, cross_entropy)
     assert (found.method, exact.method) == ("differences", "exact")
     assert "_scaled_dot_product_flash_attention_for_cpu_backward" in found.why
-    close(found, exact)
+    assert_close(found, exact)
 
 
 @every_norm
 @every_mode
 def test_differences_agree_with_second_derivatives(norm: Callable[[int], nn.Module], mode: Any) -> None:
     model, given = net(norm), batches()
-    close(*(sharpness(model, given, cross_entropy, mode=mode, method=m) for m in ("differences", "exact")))
+    assert_close(*(sharpness(model, given, cross_entropy, mode=mode, method=m) for m in ("differences", "exact")))
 
 
-def close(found: Sharpness, exact: Sharpness) -> None:
+def assert_close(found: Sharpness, exact: Sharpness) -> None:
     scale = exact.largest.value
     assert found.largest.value == pytest.approx(exact.largest.value, rel=0.01)
     assert found.smallest.value == pytest.approx(exact.smallest.value, rel=0.02, abs=2e-3 * scale)

@@ -15,7 +15,7 @@ import normwise as nw
 from normwise import Average, Moving, Norm
 from normwise.commit import Entry, Store, commit, commit_columns
 from normwise.kernels import short
-from tests.short_calls import counted, every_layer, made, needs_kernels, outcome, same, the_long_way
+from tests.short_calls import assert_same, counted, every_layer, made, needs_kernels, outcome, the_long_way
 from tests.test_memory import bits
 from tests.tolerances import VALUES, check
 
@@ -36,7 +36,7 @@ def test_it_is_taken_and_gives_the_same_bits(
             batch = (x + step).to(dtype)
             found = outcome(layer, batch)
             with the_long_way():
-                same(found, outcome(twin, batch))
+                assert_same(found, outcome(twin, batch))
     assert count == [3]
 
 
@@ -52,7 +52,7 @@ def test_channels_last_is_another_call(name: str) -> None:
     for batch in (*lies, *lies):
         found = outcome(layer, batch)
         with the_long_way():
-            same(found, outcome(twin, batch))
+            assert_same(found, outcome(twin, batch))
 
 
 # --- derivatives ----------------------------------------------------------------------------------------------------

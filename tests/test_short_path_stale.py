@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 import normwise as nw
 from normwise import Norm
-from tests.short_calls import Call, made, needs_kernels, outcome, same, the_long_way
+from tests.short_calls import Call, assert_same, made, needs_kernels, outcome, the_long_way
 from tests.test_memory import bits
 from tests.tolerances import VALUES, check
 
@@ -239,7 +239,7 @@ def test_what_happens_to_a_layer_is_seen(name: str, what: str, change: Change, t
     with the_long_way():
         torch.manual_seed(7)
         expected = outcome(twin, x, change(twin))
-    same(found, expected)
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("which", ["weight", "bias"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,19 +13,10 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from normwise.sums import column_sum
 from tests.catalogue import LAYOUTS
+from tests.settings import threads
 from tests.tolerances import DOUBLE, SUMMED, VALUES, check
 
 ROWS = (1, 2, 3, 16, 1023, 1024, 1025, 2048, 2049, 4099, 65537)
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -67,8 +56,8 @@ def test_a_column_has_the_same_bits_beside_any_others(rows: int) -> None:
 def test_a_column_has_the_same_bits_in_any_layout_and_with_any_number_of_threads(rows: int) -> None:
     columns = torch.randn(rows, 6)
     whole = column_sum(columns, (0,))
-    for threads in (1, 2, 3):
-        with _threads(threads):
+    for count in (1, 2, 3):
+        with threads(count):
             assert torch.equal(column_sum(columns, (0,)), whole)
             assert torch.equal(column_sum(columns.T, (1,)), whole.T)
             assert torch.equal(column_sum(columns.T.contiguous(), (1,)), whole.T)

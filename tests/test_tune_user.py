@@ -11,6 +11,7 @@ import torch
 from normwise.errors import StudyError
 from normwise.tuning.seeding import one_thread, seeded
 from normwise.tuning.user import blame, name_of, one_line, resolve
+from tests.settings import threads
 
 
 @pytest.fixture
@@ -86,11 +87,7 @@ def test_seeded_decides_every_generator_and_restores_it() -> None:
 
 
 def test_one_thread_puts_the_number_back() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with threads(2):
         with one_thread():
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)

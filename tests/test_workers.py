@@ -18,6 +18,7 @@ from normwise.tuning.records import Record, Request, Settings
 from normwise.tuning.training import find_loss
 from normwise.tuning.trial import Problem, Trial
 from normwise.tuning.workers import Pool, Serial, default_workers, pack
+from tests.settings import threads
 
 SETTINGS = Settings("line", "own", (("none", "none"),), own_loop=True, steps=None, metric="score")
 BROKEN = Request("select", "none", 9.0, 0, None)
@@ -84,14 +85,10 @@ def test_a_failing_trial_is_the_studys_error(pool: Pool) -> None:
 
 
 def test_a_serial_trial_has_one_thread_too() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with threads(2):
         with Serial(problem(report)) as serial:
             assert dict(next(iter(serial.run(REQUESTS))).curve)[0] == 1
         assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_what_cannot_be_pickled_cannot_be_packed() -> None:
