@@ -30,7 +30,7 @@ from normwise.kernels.reference import Recalled, Use
 from normwise.moments import Moments
 from normwise.plan import Plan
 
-MOST_COLUMNS = 2048  # their statistics are 48 KB at most
+MOST_COLUMNS = 8192  # their statistics are 192 KB at most
 
 Numbers: TypeAlias = "array[float]"
 
