@@ -5,6 +5,13 @@
 
 namespace {
 
+// Fetch what the next chunk will read of a row.
+template <class T>
+inline void fetch_next(const T* from, int vectors) {
+  for (int v = 0; v < vectors * kLanes * int(sizeof(T)); v += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(from + vectors * kLanes) + v);
+}
+
 // Add the sums of rows `first` to `last`, a panel at most, to the lanes' sums of d and of d * (x - high) * scale, for
 // `vectors` vectors of lanes; with `kDown` d includes the weight.
 template <class T, bool kDown, bool kMasked, int kAct, class Vectors, class Size>
@@ -31,7 +38,7 @@ NW_INLINE void add_panel(const Tile& tile, const Backward& t, T* d_x, int64_t fi
       F centred = load_some(x + at + v * kLanes, size) - high[v];
       F d = load_some(d_y + at + v * kLanes, size);
       if constexpr (kMasked) {
-        const uint8_t* valid = tile.mask(t.mask, j) + of_lane;
+        const uint8_t* valid = tile.mask_of(t.mask, j) + of_lane;
         centred = keep(centred, valid, size), d = keep(d, valid, size);
       }
       if constexpr (kDown || kAct != kActNone) {
@@ -220,7 +227,7 @@ void lane_gradient(const Tile& given, const Backward& t, int64_t first, int64_t 
           }
           d *= kDown ? F{} + weight : weights[v];
           F gradient = (d + fma(only(centred, measured), along[v], level[v])) * inverse[v];
-          if constexpr (kMasked) gradient = keep(gradient, tile.mask(mask, j) + lane + v * kLanes, size);
+          if constexpr (kMasked) gradient = keep(gradient, tile.mask_of(mask, j) + lane + v * kLanes, size);
           if (out) gradient = F{};
           if (d_sum) gradient += load_some(d_sum + at, size);
           store_some(d_x + at, gradient, size);
@@ -255,7 +262,7 @@ void tile_backward(const Tile& tile, const Backward& t, const ParameterParts& pa
   const bool all_fit = prepare_lines<T>(tile, t, lanes);
   Lanes part = piece.lanes();
   part.high = lanes.high, part.slope = lanes.slope, part.shift = lanes.shift, part.scale = lanes.scale;
-  clear(lanes, tile.width);
+  clear_sums(lanes, tile.width);
   RowSums row_sums{nullptr, nullptr};
   if (loops.down) {
     row_sums = {parts.d_weight.data + item * call.r0, parts.d_bias.data + item * call.r0};
@@ -263,7 +270,7 @@ void tile_backward(const Tile& tile, const Backward& t, const ParameterParts& pa
     std::memset(row_sums.d_bias, 0, call.r0 * sizeof(double));
   }
   for (int64_t p = 0; p < pieces_of(call); ++p) {
-    loops.gradient_sums(tile, t, written_soon<T>(call, t.d_x), p * kRowsOfPiece, end_of(call, p), part, row_sums);
+    loops.gradient_sums(tile, t, output_to_fetch<T>(call, t.d_x), p * kRowsOfPiece, end_of(call, p), part, row_sums);
     add_piece(part, lanes, tile.width, false);
   }
   if (!all_fit) mend_gradient_sums<T>(tile, t, lanes, row_sums);
@@ -291,7 +298,7 @@ bool backward_together(const Tiling& tiling, const Backward& t, const ParameterP
   each(team, tiles, [&](int64_t item) {
     const Tile tile = tiling.tile(item);
     const Lanes lanes = shared.part(0).from(place(tile));
-    clear(lanes, tile.width);
+    clear_sums(lanes, tile.width);
     fits.data[item] = prepare_lines<T>(tile, t, lanes);
   });
   each(team, tiles * pieces, [&](int64_t item) {
