@@ -14,13 +14,12 @@ from torch.compiler import is_compiling
 
 def being_traced() -> bool:
     """Whether a compiler, a tracer, functorch or forward-mode differentiation follows the operations themselves."""
-    return (
-        is_compiling()
-        or _is_tracing()
-        or _len_torch_dispatch_stack() > 0
-        or _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    return is_compiling() or _is_tracing() or _len_torch_dispatch_stack() > 0 or being_transformed()
+
+
+def being_transformed() -> bool:
+    """Whether functorch or forward-mode differentiation follows the operations, also under a compiler."""
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def recomputing() -> bool:

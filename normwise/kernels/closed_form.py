@@ -39,6 +39,15 @@ def run(x: Tensor, steps: Steps, parameters: Parameters = ()) -> Result:
     return Result(output, Moments(count, mean, m2), None)
 
 
+def gradients(
+    d_output: Tensor, x: Tensor, steps: Steps, parameters: Parameters, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of an input that is measured, and of the parameters, shaped as those; not differentiable."""
+    weight, bias = [*parameters, None, None][:2]
+    line = cast("Line", four_steps(x, steps, parameters).line)
+    return _in_closed_form(_Saved(x, weight, bias, steps, line, None, None, True), d_output, wanted)
+
+
 def _known(steps: Steps) -> bool:
     recalled = steps.recalled
     if recalled is not None and any(statistic.requires_grad for statistic in recalled.statistics):

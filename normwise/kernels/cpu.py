@@ -118,7 +118,7 @@ def normalize_with(
     """A call with a residual, a mask, remembered statistics, or whose moments are wanted."""
     inputs = (x, residual, weight, bias)
     if not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)):
-        found = _forward(kernel, given, *inputs)
+        found = forward(kernel, given, *inputs)
         return Output(found.output, found.total, moments_of(kernel, given, found.statistics))
     outputs = _Compiled.apply(kernel, given, *inputs)  # type: ignore[no-untyped-call]
     output, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -126,7 +126,9 @@ def normalize_with(
     return Output(output, total, moments_of(kernel, given, rest[0]) if given.remembers else None)
 
 
-class _Forward(NamedTuple):
+class Forward(NamedTuple):
+    """What a forward gives, and what the kernel read."""
+
     output: Tensor
     total: Tensor | None
     statistics: Tensor  # (4, columns): inverse, mean, m2, count, as many as are wanted
@@ -135,9 +137,10 @@ class _Forward(NamedTuple):
     mask: Tensor | None
 
 
-def _forward(
+def forward(
     kernel: Kernel, given: Given, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> _Forward:
+) -> Forward:
+    """Run the kernel, without autograd."""
     output = torch.empty_like(x)
     total = None if residual is None else torch.empty_like(x)
     weight, bias = read(kernel, weight, bias)
@@ -160,7 +163,7 @@ def _forward(
         count,
         torch.get_num_threads(),
     )
-    return _Forward(output, total, statistics, weight, bias, mask)
+    return Forward(output, total, statistics, weight, bias, mask)
 
 
 class _Compiled(torch.autograd.Function):
@@ -179,7 +182,7 @@ class _Compiled(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Any:
-        found = _forward(kernel, given, x, residual, weight, bias)
+        found = forward(kernel, given, x, residual, weight, bias)
         recalled = () if given.recalled is None else given.recalled.statistics
         seen = x if found.total is None else found.total
         ctx.save_for_backward(seen, weight, bias, found.statistics, given.valid, *recalled)
@@ -214,7 +217,7 @@ class _Compiled(torch.autograd.Function):
             d_x = d_total if d_x is None else d_x if d_total is None else d_x + d_total
         else:
             wants = (wants_x or wants_residual, *wanted)
-            d_x, d_weight, d_bias = _backward(kernel, given, (x, weight, bias, statistics), d_output, d_total, wants)
+            d_x, d_weight, d_bias = backward(kernel, given, (x, weight, bias, statistics), d_output, d_total, wants)
         return None, None, d_x if wants_x else None, d_x if wants_residual else None, d_weight, d_bias
 
 
@@ -238,14 +241,15 @@ def by_definition(
         return derivatives(defined, inputs, (d_output,), wanted)
 
 
-def _backward(
+def backward(
     kernel: Kernel,
     given: Given,
-    saved: tuple[Tensor, ...],
+    saved: tuple[Tensor, Tensor | None, Tensor | None, Tensor],
     d_output: Tensor,
     d_total: Tensor | None,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of input, weight and bias; `saved` is the input, weight, bias and statistics."""
     x, weight, bias, statistics = saved
     strides = x.stride()
     d_output = lying(d_output, strides, x.dtype)
@@ -328,13 +332,16 @@ def _addresses(kernel: Kernel, statistics: Tensor, given: Given) -> tuple[int, i
 
 def _recalled(kernel: Kernel, recalled: Recalled) -> Tensor:
     """Remembered statistics as the kernel reads them: inverse and mean of each column."""
-    geometry, plan = kernel.geometry, kernel.steps.plan
-    shape = [1 if dim in plan.reduced else size for dim, size in enumerate(plan.view)]
     *mean, spread = recalled.statistics
-    rows = [(spread.to(_WIDE) + kernel.eps).rsqrt(), *(m.to(_WIDE) for m in mean)]
-    others = [dim for dim in range(len(shape)) if dim not in geometry.kept]
-    order = [*geometry.kept, *others]
-    return torch.stack([row.expand(shape).permute(order).reshape(-1) for row in rows])
+    return in_order(kernel, torch.stack([(spread.to(_WIDE) + kernel.eps).rsqrt(), *(m.to(_WIDE) for m in mean)]))
+
+
+def in_order(kernel: Kernel, rows: Tensor) -> Tensor:
+    """Numbers (n, ...) that broadcast against the view's columns, as rows (n, columns) in the kernel's order."""
+    kept, plan = kernel.geometry.kept, kernel.steps.plan
+    shape = [1 if dim in plan.reduced else size for dim, size in enumerate(plan.view)]
+    order = [*kept, *(dim for dim in range(len(shape)) if dim not in kept)]
+    return rows.expand(-1, *shape).permute(0, *(1 + dim for dim in order)).reshape(len(rows), -1)
 
 
 def moments_of(kernel: Kernel, given: Given, statistics: Tensor) -> Moments | None:
@@ -346,12 +353,15 @@ def moments_of(kernel: Kernel, given: Given, statistics: Tensor) -> Moments | No
     return Moments(kernel.steps.plan.rows if given.valid is None else shaped(kernel, statistics[3]), mean, m2)
 
 
-def shaped(kernel: Kernel, row: Tensor) -> Tensor:
-    """A number of each column, in the kernel's order, shaped to broadcast against the view."""
-    dims, view = kernel.geometry.kept, kernel.steps.plan.view
-    ordered = sorted(range(len(dims)), key=dims.__getitem__)
-    row = row.reshape([view[dim] for dim in dims]).permute(ordered)
-    return row.reshape([size if dim in dims else 1 for dim, size in enumerate(view)])
+def shaped(kernel: Kernel, rows: Tensor) -> Tensor:
+    """Numbers of each column, (..., columns) in the kernel's order, shaped to broadcast against the view."""
+    kept, view = kernel.geometry.kept, kernel.steps.plan.view
+    first = rows.shape[:-1]
+    order = sorted(range(len(kept)), key=kept.__getitem__)
+    if order != list(range(len(kept))):
+        rows = rows.reshape(*first, *(view[dim] for dim in kept))
+        rows = rows.permute(*range(len(first)), *(len(first) + place for place in order))
+    return rows.reshape(*first, *(size if dim in kept else 1 for dim, size in enumerate(view)))
 
 
 def _bytes_of(kernel: Kernel, valid: Tensor) -> Tensor:

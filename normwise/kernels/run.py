@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from normwise.kernels import closed_form, cpu
-from normwise.kernels.backends import BackendError, extension, requested
-from normwise.kernels.choose import NORMALIZERS, RECOVERIES, choose
-from normwise.kernels.geometry import is_dense, lies_as
+from normwise.kernels import closed_form, cpu, operator
+from normwise.kernels.backends import BackendError, requested
+from normwise.kernels.geometry import is_dense
+from normwise.kernels.prepare import as_read, kernel_for
 from normwise.kernels.reference import Result, Steps, Use, placed
 from normwise.kernels.short import MOST_COLUMNS, Ready, made_ready
 from normwise.plan import Over, Plan, becomes_contiguous
@@ -53,11 +52,14 @@ def run(
     if kernel is None or not cpu.fits(x, weight, bias, kernel) or _is_watched(steps) or _lies_elsewhere(steps):
         _check_request(x)
         total = x if residual is None else x + residual
+        if operator.pays(total, steps):
+            result = operator.normalize(total, steps, weight, bias, remembers=remembers)
+            return result, None if residual is None else total
         own = placed(steps.recovery, parameters, over, steps.plan, x)
         return closed_form.run(total, steps, own), None if residual is None else total
     given = cpu.Given(residual is not None, steps.valid, steps.recalled, remembers)
-    x = _as(x, x)
-    residual = None if residual is None else _as(residual, x)
+    x = as_read(x, x)
+    residual = None if residual is None else as_read(residual, x)
     output, total, moments = cpu.normalize_with(kernel, given, x, residual, weight, bias)  # type: ignore[assignment]
     return Result(output, moments, None), total
 
@@ -73,16 +75,6 @@ def _check_request(x: Tensor) -> None:
     """Refuse to fall back where a backend was asked for by name; whoever traces a call gets plain operations anyway."""
     if requested() == "cpu" and not being_traced() and x.numel() > 0:
         raise BackendError("NORMWISE_BACKEND='cpu': no compiled kernel takes this call; norm.explain(x) says why")
-
-
-def kernel_for(x: Tensor, steps: Steps, over: Over, use: Use | None) -> cpu.Kernel | None:
-    """The compiled kernel for a call in which remembered statistics are for `use`, if one is chosen."""
-    if type(x) not in cpu.PLAIN or x.layout is not torch.strided:
-        return None
-    if type(steps.normalizer) not in NORMALIZERS or type(steps.recovery) not in RECOVERIES:
-        return None  # a part of the user's own need not even be hashable
-    declared = steps._replace(valid=None, recalled=None)
-    return _prepared(declared, x.stride(), x.dtype, x.device.type, over, use)
 
 
 def ready_for(x: Tensor, steps: Steps, over: Over, use: Use | None, remembered: Over | None) -> Ready | None:
@@ -113,25 +105,6 @@ def _in_order(kernel: cpu.Kernel, over: Over) -> bool:
     ]
 
 
-@lru_cache(maxsize=4096)
-def _prepared(
-    steps: Steps, strides: tuple[int, ...], dtype: torch.dtype, device: str, over: Over, use: Use | None
-) -> cpu.Kernel | None:
-    choice = choose(
-        steps.plan,
-        strides,
-        dtype,
-        device,
-        steps.normalizer,
-        steps.recovery,
-        over,
-        use,
-        request=requested(),
-        available=extension is not None,
-    )
-    return None if choice.geometry is None else cpu.Kernel(steps, choice.geometry, over, dtype)
-
-
 def _is_watched(steps: Steps) -> bool:
     """Whether remembered statistics want a gradient, which no kernel gives."""
     return steps.recalled is not None and any(statistic.requires_grad for statistic in steps.recalled.statistics)
@@ -141,10 +114,3 @@ def _lies_elsewhere(steps: Steps) -> bool:
     """Whether a mask or remembered statistics have no address that a kernel may read."""
     tensors = [*(steps.recalled.statistics if steps.recalled else ()), *(() if steps.valid is None else (steps.valid,))]
     return not all(type(tensor) in cpu.PLAIN and tensor.is_cpu for tensor in tensors)
-
-
-def _as(x: Tensor, like: Tensor) -> Tensor:
-    """The tensor as the kernel reads it: dense, with the axes in the order of another's."""
-    if is_dense(x.shape, x.stride()) and not x.is_neg() and lies_as(x.shape, x.stride(), like.stride()):
-        return x
-    return torch.empty_like(like).copy_(x)

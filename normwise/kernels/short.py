@@ -1,8 +1,8 @@
 """The short way to a compiled kernel, for a call of which everything but its numbers is known from one before.
 
 There is an input, and nothing else: no mask, no residual. The statistics are an array of the caller's, in which the
-kernel leaves what it has measured, or finds what it is given. Making an array takes a tenth of a tensor's time; but
-autograd does not watch over it, so it is for calls of a few columns only.
+kernel leaves what it has measured, or finds what it is given. For few columns making an array takes a tenth of a
+tensor's time; but autograd does not watch over it, so what it may hold is limited.
 """
 
 from __future__ import annotations

@@ -74,8 +74,9 @@ struct Backward {
   bool streams;  // whether long runs of d_x are better written past the caches
 };
 
-// Runs `body(context, item)` for every item below `items`, each by one of at most `threads` threads. Every thread takes
-// neighbouring items, the same ones whenever there are as many; with `from_last` from its last one on.
+// Runs `body(context, item)` for every item below `items`, each by one of at most `threads` threads. Every thread
+// begins with neighbouring items, the same ones whenever there are as many, with `from_last` at its last; then it helps
+// others.
 struct Team {
   int threads;
   void (*run)(const Team& team, int64_t items, bool from_last, void (*body)(void* context, int64_t item),

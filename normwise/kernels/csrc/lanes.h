@@ -295,7 +295,6 @@ bool forward_together(const Tiling& tiling, const Forward& t, const Team& team, 
   const SharedLanes shared(call.k0 * call.lanes(), call.measured ? pieces : 0);
   if (!shared.ok()) return false;
   const T* x = static_cast<const T*>(t.residual ? t.sum : t.x);
-  const auto place = [&](const Tile& tile) { return tile.a * call.lanes() + tile.lane; };
   if (t.residual)
     each(team, tiles * pieces, [&](int64_t item) {
       const int64_t p = item / tiles;
@@ -304,7 +303,7 @@ bool forward_together(const Tiling& tiling, const Forward& t, const Team& team, 
   if (call.measured) {
     each(team, tiles, [&](int64_t item) {
       const Tile tile = tiling.tile(item);
-      const Lanes lanes = shared.part(0).from(place(tile));
+      const Lanes lanes = shared.part(0).from(tile.place());
       clear_sums(lanes, tile.width);
       if (call.normalizer == kStandardize)
         find_anchors(tile, x, t.mask, lanes);
@@ -314,16 +313,16 @@ bool forward_together(const Tiling& tiling, const Forward& t, const Team& team, 
     each(team, tiles * pieces, [&](int64_t item) {
       const Tile tile = tiling.tile(item % tiles);
       const int64_t p = item / tiles;
-      loops.sums(tile, x, nullptr, t.mask, p * kRowsOfPiece, end_of(call, p), shared.part(p + 1).from(place(tile)));
+      loops.sums(tile, x, nullptr, t.mask, p * kRowsOfPiece, end_of(call, p), shared.part(p + 1).from(tile.place()));
     });
   }
   Scratch<uint8_t> fits(tiles);
   if (!fits.data) return false;
   each(team, tiles, [&](int64_t item) {
     const Tile tile = tiling.tile(item);
-    const Lanes lanes = shared.part(0).from(place(tile));
+    const Lanes lanes = shared.part(0).from(tile.place());
     for (int64_t p = 0; call.measured && p < pieces; ++p)
-      add_piece(shared.part(p + 1).from(place(tile)), lanes, tile.width, t.mask);
+      add_piece(shared.part(p + 1).from(tile.place()), lanes, tile.width, t.mask);
     fits.data[item] = prepare_lanes(tile, t, x, lanes);
   });
   each(
@@ -331,7 +330,7 @@ bool forward_together(const Tiling& tiling, const Forward& t, const Team& team, 
       [&](int64_t item) {
         const Tile tile = tiling.tile(item % tiles);
         const int64_t p = item / tiles;
-        loops.apply(tile, t, x, p * kRowsOfPiece, end_of(call, p), shared.part(0).from(place(tile)));
+        loops.apply(tile, t, x, p * kRowsOfPiece, end_of(call, p), shared.part(0).from(tile.place()));
       },
       true);
   for (int64_t item = 0; item < tiles; ++item)

@@ -276,9 +276,8 @@ void tile_backward(const Tile& tile, const Backward& t, const ParameterParts& pa
   if (!all_fit) mend_gradient_sums<T>(tile, t, lanes, row_sums);
   descend(tile, t, lanes);
   if (!loops.down) {
-    const int64_t place = tile.a * call.lanes() + tile.lane;
-    std::memcpy(parts.d_bias.data + place, lanes.first, tile.width * sizeof(double));
-    std::memcpy(parts.d_weight.data + place, lanes.second, tile.width * sizeof(double));
+    std::memcpy(parts.d_bias.data + tile.place(), lanes.first, tile.width * sizeof(double));
+    std::memcpy(parts.d_weight.data + tile.place(), lanes.second, tile.width * sizeof(double));
   }
   if (!t.d_x) return;
   loops.gradient(tile, t, 0, call.r0, lanes);
@@ -294,27 +293,26 @@ bool backward_together(const Tiling& tiling, const Backward& t, const ParameterP
   const SharedLanes shared(call.k0 * call.lanes(), pieces);
   Scratch<uint8_t> fits(tiles);
   if (!shared.ok() || !fits.data) return false;
-  const auto place = [&](const Tile& tile) { return tile.a * call.lanes() + tile.lane; };
   each(team, tiles, [&](int64_t item) {
     const Tile tile = tiling.tile(item);
-    const Lanes lanes = shared.part(0).from(place(tile));
+    const Lanes lanes = shared.part(0).from(tile.place());
     clear_sums(lanes, tile.width);
     fits.data[item] = prepare_lines<T>(tile, t, lanes);
   });
   each(team, tiles * pieces, [&](int64_t item) {
     const Tile tile = tiling.tile(item % tiles);
     const int64_t p = item / tiles;
-    const Lanes part = shared.part(p + 1).from(place(tile));
+    const Lanes part = shared.part(p + 1).from(tile.place());
     loops.gradient_sums(tile, t, nullptr, p * kRowsOfPiece, end_of(call, p), part, {nullptr, nullptr});
   });
   each(team, tiles, [&](int64_t item) {
     const Tile tile = tiling.tile(item);
-    const Lanes lanes = shared.part(0).from(place(tile));
-    for (int64_t p = 0; p < pieces; ++p) add_piece(shared.part(p + 1).from(place(tile)), lanes, tile.width, false);
+    const Lanes lanes = shared.part(0).from(tile.place());
+    for (int64_t p = 0; p < pieces; ++p) add_piece(shared.part(p + 1).from(tile.place()), lanes, tile.width, false);
     if (!fits.data[item]) mend_gradient_sums<T>(tile, t, lanes, {nullptr, nullptr});
     descend(tile, t, lanes);
-    std::memcpy(parts.d_bias.data + place(tile), lanes.first, tile.width * sizeof(double));
-    std::memcpy(parts.d_weight.data + place(tile), lanes.second, tile.width * sizeof(double));
+    std::memcpy(parts.d_bias.data + tile.place(), lanes.first, tile.width * sizeof(double));
+    std::memcpy(parts.d_weight.data + tile.place(), lanes.second, tile.width * sizeof(double));
   });
   if (!t.d_x) return true;
   each(
@@ -322,7 +320,7 @@ bool backward_together(const Tiling& tiling, const Backward& t, const ParameterP
       [&](int64_t item) {
         const Tile tile = tiling.tile(item % tiles);
         const int64_t p = item / tiles;
-        loops.gradient(tile, t, p * kRowsOfPiece, end_of(call, p), shared.part(0).from(place(tile)));
+        loops.gradient(tile, t, p * kRowsOfPiece, end_of(call, p), shared.part(0).from(tile.place()));
       },
       true);
   for (int64_t item = 0; item < tiles; ++item)

@@ -84,11 +84,11 @@ struct alignas(64) Share {
   int64_t first, size;
 };
 
-constexpr int kMostThreads = 256;
+constexpr int kMostShares = 256;
 
 struct Job {
   Share* shares;
-  int threads;
+  int count;
   bool from_last;
   void (*body)(void*, int64_t);
   void* context;
@@ -97,23 +97,26 @@ struct Job {
 void work(void* data) {
   const Job& job = *static_cast<Job*>(data);
   const int own = thread_number();
-  for (int i = 0; i < job.threads; ++i) {
-    Share& share = job.shares[(own + i) % job.threads];
+  for (int i = 0; i < job.count; ++i) {
+    Share& share = job.shares[(own + i) % job.count];
+    if (share.taken.load(std::memory_order_relaxed) >= share.size) continue;
     for (int64_t n; (n = share.taken.fetch_add(1, std::memory_order_relaxed)) < share.size;)
       job.body(job.context, share.first + (job.from_last ? share.size - 1 - n : n));
   }
 }
 
 void run(const Team& team, int64_t items, bool from_last, void (*body)(void*, int64_t), void* context) {
-  Share shares[kMostThreads];
-  const int threads = int(team.threads < items ? team.threads : items);
-  for (int i = 0; i < threads; ++i) {
-    const int64_t first = items * i / threads;
+  Share shares[kMostShares];
+  const int64_t most = team.threads < kMostShares ? team.threads : kMostShares;
+  const int count = int(most < items ? most : items);
+  for (int i = 0; i < count; ++i) {
+    const int64_t first = items * i / count;
     shares[i].taken.store(0, std::memory_order_relaxed);
-    shares[i].first = first, shares[i].size = items * (i + 1) / threads - first;
+    shares[i].first = first, shares[i].size = items * (i + 1) / count - first;
   }
-  Job job = {shares, threads, from_last, body, context};
-  parallel(work, &job, unsigned(threads), 0);
+  Job job = {shares, count, from_last, body, context};
+  // All threads, though some may find nothing: for fewer libgomp ends the others, and makes new ones the next time.
+  parallel(work, &job, unsigned(team.threads), 0);
 }
 
 // --- Python -------------------------------------------------------------------------------------------------------
@@ -163,7 +166,7 @@ bool is_streamed(const Call& call, const void* output) {
 
 Team team_for(const Call& call, long long threads) {
   const bool alone = call.size() < kSmall || !parallel || !thread_number || forked.load(std::memory_order_relaxed);
-  return {alone ? 1 : int(threads < kMostThreads ? threads : kMostThreads), run};
+  return {alone ? 1 : int(threads), run};
 }
 
 // Reads a call and its integers, and runs a kernel on them while other threads of Python go on.

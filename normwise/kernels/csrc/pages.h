@@ -17,12 +17,12 @@ namespace normwise {
 
 #if defined(__linux__)
 
-// Bytes of the last cache that one core reaches, or of a usual one. `sysconf` tells the sum of all such caches.
+// Bytes of the last cache that one core reaches, or of a usual one. `sysconf` may tell the sum of all such caches.
 inline int64_t last_cache() {
   static const int64_t bytes = [] {
     long kibibytes = 0;
     if (FILE* told = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "re")) {
-      if (std::fscanf(told, "%ldK", &kibibytes) != 1) kibibytes = 0;
+      for (int c; (c = std::fgetc(told)) >= '0' && c <= '9';) kibibytes = 10 * kibibytes + (c - '0');
       std::fclose(told);
     }
     return kibibytes > 0 ? int64_t(kibibytes) << 10 : int64_t(1) << 25;

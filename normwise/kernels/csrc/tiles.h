@@ -99,6 +99,7 @@ struct Tile {
   bool cached;  // whether its rows have just been read, and are in the cache
 
   int64_t at(int64_t row) const { return (a * call.r0 + row) * call.lanes() + lane; }
+  int64_t place() const { return a * call.lanes() + lane; }  // among the lanes of all a
   int64_t columns() const { return width / call.r1; }
   int64_t column(int64_t k) const { return a * call.k1 + lane / call.r1 + k; }
   // The mask's bytes of a row: one a lane, or one for all.
