@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from normwise.kernels.backends import extension, requested
-from normwise.kernels.choose import Choice, choose, plainly, readable
+from normwise.kernels.choose import Choice, choose, is_operator, plainly, readable
 from normwise.kernels.reference import Use
 from normwise.memory import falls_back
 from normwise.plan import Over, Plan, becomes_contiguous, make_plan, memory_word, over_shape
@@ -24,8 +24,9 @@ class Explanation:
     """The four steps for one shape. `str()` is for a terminal, `to_dict()` for programs; sizes are in elements.
 
     `kernel` and `reason` are those of training, the other two those of evaluation, or of a frozen layer; without a
-    memory they are the same. All are of plain calls: under `torch.compile` and function transforms a layer dissolves
-    into torch's operations, whatever they say.
+    memory they are the same. All are of plain calls; `compiled` and `evaluation_compiled` say whether the kernel is the
+    same under `torch.compile`, as one operator. Otherwise, and under function transforms, a layer dissolves into
+    torch's operations.
     """
 
     pattern: str
@@ -47,6 +48,8 @@ class Explanation:
     reason: str
     evaluation_kernel: str
     evaluation_reason: str
+    compiled: bool
+    evaluation_compiled: bool
     bytes_moved: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,7 +69,7 @@ class Explanation:
             f"memory word  {self.word or 'a single element'} (K kept, R normalized over, outermost in memory first)",
             f"kernel       {self.kernel}: {self.reason}",
             *self._evaluation_lines(),
-            "             under torch.compile: plain torch operations, fused with those before and after",
+            *self._compiled_lines(),
             f"traffic      at least {readable(self.bytes_moved)}: the input read once, the output written once",
         ]
         return "\n".join(lines)
@@ -85,10 +88,20 @@ class Explanation:
             return ["             remembers nothing: evaluation uses the batch's statistics, as training does"]
         return [f"             remembers{_shapes(self.remembered, '')}: {self.memory}"]
 
+    def _compiled_lines(self) -> list[str]:
+        both = self.compiled, self.evaluation_compiled
+        training, evaluation = (_OPERATOR if is_one else _DISSOLVED for is_one in both)
+        lines = [f"             under torch.compile {training}"]
+        return lines if training == evaluation else [*lines, f"             and in evaluation {evaluation}"]
+
     def _evaluation_lines(self) -> list[str]:
         if (self.evaluation_kernel, self.evaluation_reason) == (self.kernel, self.reason):
             return []
         return [f"             in evaluation {self.evaluation_kernel}: {self.evaluation_reason}"]
+
+
+_OPERATOR = "it is the same, as one operator"
+_DISSOLVED = "it is plain torch operations, fused with those before and after"
 
 
 def explain(spec: NormSpec, shape: Sequence[int] | Tensor) -> Explanation:
@@ -98,7 +111,9 @@ def explain(spec: NormSpec, shape: Sequence[int] | Tensor) -> Explanation:
     """
     tensor = shape if isinstance(shape, Tensor) else torch.empty(tuple(shape), device="meta", dtype=torch.float32)
     plan = make_plan(spec.pattern, tuple(tensor.shape), spec.call_sizes)
-    training, evaluation = (_choice(spec, plan, tensor, use) for use in _uses(spec, plan))
+    uses = _uses(spec, plan)
+    training, evaluation = choices = [_choice(spec, plan, tensor, use) for use in uses]
+    compiled = [is_operator(choice, tensor.numel(), use) for choice, use in zip(choices, uses, strict=True)]
     return Explanation(
         pattern=spec.text,
         shape=plan.shape,
@@ -119,6 +134,8 @@ def explain(spec: NormSpec, shape: Sequence[int] | Tensor) -> Explanation:
         reason=training.reason,
         evaluation_kernel=evaluation.kernel,
         evaluation_reason=evaluation.reason,
+        compiled=compiled[0],
+        evaluation_compiled=compiled[1],
         bytes_moved=2 * math.prod(plan.shape) * tensor.element_size(),
     )
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normwise as nw
 from normwise.kernels import operator
+from normwise.kernels.choose import LEAST_COMPILED
 from normwise.plan import plan_for
 from tests.catalogue import randomize
 from tests.compiled import needs_kernels
@@ -26,8 +27,8 @@ pytestmark = [
 ]
 
 CHANNELS = 32
-IMAGES = (operator.LEAST // (CHANNELS * 256) + 1, CHANNELS, 16, 16)
-ROWS = (operator.LEAST // 64 + 1, 64)
+IMAGES = (LEAST_COMPILED // (CHANNELS * 256) + 1, CHANNELS, 16, 16)
+ROWS = (LEAST_COMPILED // 64 + 1, 64)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "LayerNorm": (lambda: nw.LayerNorm(64), ROWS),
     "LayerNorm without parameters": (lambda: nw.LayerNorm(64, elementwise_affine=False), ROWS),
@@ -151,13 +152,13 @@ def test_only_gradients_that_are_wanted() -> None:
 
 
 @pytest.mark.parametrize("recovery", [nw.Affine("c"), nw.Scale("c"), nw.OffsetScale("c"), None], ids=str)
-def test_a_word_that_no_kernel_knows(recovery: Any) -> None:
-    side = round(operator.LEAST ** (1 / 6)) + 1
+def test_an_order_that_no_kernel_knows(recovery: Any) -> None:
+    side = round(LEAST_COMPILED ** (1 / 4)) + 1
     normalizer = nw.RMS() if recovery == nw.OffsetScale("c") else nw.Standardize()
-    layer = nw.Norm("a [b] c [d] e [f]", normalizer, recovery, sizes={"c": side})
+    layer = nw.Norm("a [b] c [d]", normalizer, recovery, sizes={"c": side})
     randomize(layer)
-    x = torch.randn([side] * 6)
-    assert "reference" in str(layer.explain(x))
+    x = torch.randn([side] * 4).permute(1, 0, 3, 2)
+    assert layer.explain(x).kernel == "reference"
     assert operators_in(layer, x) == 1
     twin = copy.deepcopy(layer)
     compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
@@ -187,6 +188,22 @@ def test_what_dissolves(case: str) -> None:
     torch.compiler.reset()
     found = torch.compile(lambda x: call(layer, x), backend="aot_eager")(x)
     check(found, call(layer, x), COMPILED)
+
+
+def test_a_word_that_no_kernel_knows_dissolves() -> None:
+    layer = nw.Norm("[a] b [c] d", nw.Standardize(), sizes={"b": 20, "d": 20})
+    x = torch.randn(20, 20, 20, 20)
+    assert layer.explain(x).kernel == "reference"
+    assert operators_in(layer, x) == 0
+
+
+@every_layer
+def test_the_explanation_says_so(name: str) -> None:
+    layer, x = made(name)
+    explained = layer.explain(x)
+    assert (explained.compiled, explained.evaluation_compiled) == (True, "BatchNorm" not in name)
+    assert "under torch.compile it is the same, as one operator" in str(explained)
+    assert not layer.explain(x[:1]).compiled
 
 
 def test_evaluation_with_a_memory_dissolves() -> None:

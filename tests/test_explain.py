@@ -19,7 +19,7 @@ GROUPS = """\
 4 output     (8, 6, 4, 4), float32, in the input's memory format
 memory word  KR (K kept, R normalized over, outermost in memory first)
 kernel       cpu: C++ for KR, columns of 192 bytes in 3 runs: measured, then normalized from the cache if they fit
-             under torch.compile: plain torch operations, fused with those before and after
+             under torch.compile it is plain torch operations, fused with those before and after
 traffic      at least 6.1 kB: the input read once, the output written once"""
 
 BATCH = """\
@@ -32,7 +32,8 @@ BATCH = """\
 memory word  RK (K kept, R normalized over, outermost in memory first)
 kernel       cpu: C++ for RK, 32 columns of 401.4 kB side by side: measured, then normalized from the cache if they fit
              in evaluation cpu: C++ for RK, 32 columns of 401.4 kB side by side: normalized by what is remembered
-             under torch.compile: plain torch operations, fused with those before and after
+             under torch.compile it is the same, as one operator
+             and in evaluation it is plain torch operations, fused with those before and after
 traffic      at least 25.7 MB: the input read once, the output written once"""
 
 

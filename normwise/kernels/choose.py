@@ -19,6 +19,7 @@ from normwise.recoveries import Affine, OffsetScale, Recovery, Scale
 
 NORMALIZERS: tuple[type[Normalizer], ...] = (Standardize, RMS, L2)  # in the order of csrc/call.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LEAST_COMPILED = 2**17  # elements of a call that is worth an operator's own time: see operator.py
 RECOVERIES: tuple[type[Recovery] | type[None], ...] = (Affine, Scale, OffsetScale, type(None))
 
 
@@ -66,6 +67,11 @@ def choose(
         return plainly(found.reason)
     word = memory_word(plan, read) or "one element"
     return Choice("cpu", f"C++ for {word}{copied}, {_work(found, dtype, use)}", found)
+
+
+def is_operator(choice: Choice, elements: int, use: Use | None) -> bool:
+    """Whether a chosen kernel runs under `torch.compile` as well; otherwise a layer dissolves into plain operations."""
+    return choice.geometry is not None and use is None and elements >= LEAST_COMPILED
 
 
 def plainly(reason: str) -> Choice:

@@ -22,7 +22,7 @@ from torch.compiler import is_compiling, is_exporting
 
 from normwise.kernels import closed_form, cpu
 from normwise.kernels.backends import extension, requested
-from normwise.kernels.choose import DTYPES, NORMALIZERS, RECOVERIES
+from normwise.kernels.choose import DTYPES, LEAST_COMPILED, NORMALIZERS, RECOVERIES
 from normwise.kernels.prepare import as_read, kernel_for
 from normwise.kernels.reference import Result, Steps, four_steps, placed, wide_dtype
 from normwise.moments import Moments
@@ -34,8 +34,6 @@ from normwise.recoveries import OffsetScale, Recovery, Scale
 from normwise.transforms import being_transformed, derivatives
 
 Inputs: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]  # and weight and bias
-
-LEAST = 2**17  # elements of a call that is worth an operator's own time
 
 _WIDE = torch.float64
 _REMEMBERS = cpu.Given(remembers=True)
@@ -55,7 +53,14 @@ def pays(x: Tensor, steps: Steps) -> bool:
         return False
     if type(steps.normalizer) not in NORMALIZERS or type(steps.recovery) not in RECOVERIES:
         return False
-    return x.numel() >= LEAST
+    return x.numel() >= LEAST_COMPILED and _is_word(steps.plan)
+
+
+def _is_word(plan: Plan) -> bool:
+    """Whether kernels know the word of a contiguous input; of other orders the operator finds out."""
+    reduced = [dim in plan.reduced for dim, size in enumerate(plan.view) if size != 1]
+    changes = sum(reduced[place] != reduced[place - 1] for place in range(1, len(reduced)))
+    return changes <= 2 or (changes == 3 and not reduced[0])
 
 
 def normalize(x: Tensor, steps: Steps, weight: Tensor | None, bias: Tensor | None, *, remembers: bool) -> Result:

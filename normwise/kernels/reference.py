@@ -1,7 +1,7 @@
 """The definition: the four steps in plain torch operations, for every pattern and every device.
 
-Every other kernel is checked against this one, and this one against torch.nn and the formula in float64. Under
-`torch.compile` it is also what runs, so that the compiler can fuse it with its neighbours.
+Every other kernel is checked against this one, and this one against torch.nn and the formula in float64. Whoever traces
+a call is shown this one, but for what operator.py takes under `torch.compile`.
 """
 
 from __future__ import annotations
