@@ -13,7 +13,7 @@ from normwise.explain import Explanation, explain
 from normwise.kernels.cpu import PLAIN, fits
 from normwise.kernels.reference import Steps, Use, wide_dtype
 from normwise.kernels.run import run
-from normwise.kernels.short import Ready, normalize, room
+from normwise.kernels.short import Ready, normalize, normalize_sum, room
 from normwise.masks import Lengths, valid_view
 from normwise.memory import Memory
 from normwise.normalizers import Normalizer, Standardize
@@ -131,10 +131,10 @@ class Norm(Remembering):
         >>> norm(x, lengths={"t": [3, 2]})[1, 2], norm.running_mean
         (tensor([0.]), tensor([3.]))
         """
-        if residual is None and valid is None and valid_axes is None and lengths is None:
-            output = self._shortly(input)
-            if output is not None:
-                return output
+        if valid is None and valid_axes is None and lengths is None:
+            found = self._shortly(input) if residual is None else self._sum_shortly(input, residual)
+            if found is not None:
+                return found
         if not isinstance(input, Tensor):
             raise TypeError(f"input is {type(input).__name__}, not a tensor; a packed sequence is padded first")
         try:
@@ -173,10 +173,32 @@ class Norm(Remembering):
         return note + ("; frozen now" if self.frozen else "")
 
     def _shortly(self, x: Tensor) -> Tensor | None:
-        """The output of a call like one that every check has let pass before; None: this one takes the long way.
+        """The output of a call like one that every check has let pass before; None: this one takes the long way."""
+        known = self._known(x)
+        if known is None:
+            return None
+        ready, weight, bias = known
+        if ready.has_memory:
+            return self._remember_shortly(ready, x, weight, bias)
+        return normalize(ready, room(ready), x, weight, bias)
 
-        Such calls are known by what the checks look at: shape, strides, dtype and mode. What may change without them,
-        parameters, memory and whoever looks on, is looked at here.
+    def _sum_shortly(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The same for the sum with a residual that lies as the input does, and that sum; not with a memory."""
+        known = self._known(x)
+        if known is None or known[0].has_memory or type(residual) not in PLAIN or residual.layout is not _STRIDED:
+            return None
+        if residual.shape != x.shape or residual.stride() != x.stride() or residual.dtype is not x.dtype:
+            return None
+        ready, weight, bias = known
+        if not fits(residual, None, None, ready.kernel):
+            return None
+        return normalize_sum(ready, room(ready), x, residual, weight, bias)
+
+    def _known(self, x: Tensor) -> tuple[Ready, Tensor | None, Tensor | None] | None:
+        """What the short way needs, and the recovery's parameters, if it can be taken.
+
+        Calls that can are known by what the checks look at: shape, strides, dtype and mode. What may change without
+        them, parameters, memory and whoever looks on, is looked at here.
         """
         if being_traced() or type(x) not in PLAIN or x.layout is not _STRIDED:
             return None
@@ -186,11 +208,7 @@ class Norm(Remembering):
         kernel, own = ready.kernel, self._parameters
         weight = own.get("weight", _ELSEWHERE) if kernel.has_weight else None
         bias = own.get("bias", _ELSEWHERE) if kernel.has_bias else None
-        if not fits(x, weight, bias, kernel):
-            return None
-        if ready.has_memory:
-            return self._remember_shortly(ready, x, weight, bias)
-        return normalize(ready, room(ready), x, weight, bias)
+        return (ready, weight, bias) if fits(x, weight, bias, kernel) else None
 
     def _prepare(self, x: Tensor, plan: Plan, use: Use | None) -> None:
         """Let calls like this one take the short way from now on."""
@@ -239,11 +257,11 @@ class Norm(Remembering):
         use = self._checked_use(plan, mask)
         if self.spec.unknown:  # only now, so that an input that is refused leaves no sizes behind
             self._materialize_for(plan)
-        if mask is None and residual is None and _is_plain(x):
+        if mask is None and _is_plain(x):
             self._prepare(x, plan, use)
-            output = self._shortly(x)
-            if output is not None:
-                return output, None
+            found = (self._shortly(x), None) if residual is None else self._sum_shortly(x, residual)
+            if found is not None and found[0] is not None:
+                return found  # type: ignore[return-value]  # mypy keeps the None that was ruled out
         spec, commits = self.spec, self._commits() and use != "instead" and x.numel() > 0
         length = self._length()
         if commits:

@@ -46,7 +46,7 @@ every_layer = pytest.mark.parametrize("name", LAYERS)
 def the_long_way() -> Iterator[None]:
     """Within this context no call takes the short way."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Norm, "_shortly", lambda self, x: None)
+        patch.setattr(Norm, "_known", lambda self, x: None)
         yield
 
 

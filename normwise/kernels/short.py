@@ -1,6 +1,6 @@
 """The short way to a compiled kernel, for a call of which everything but its numbers is known from one before.
 
-There is an input, and nothing else: no mask, no residual. The statistics are an array of the caller's, in which the
+There is an input, perhaps a residual, and no mask. The statistics are an array of the caller's, in which the
 kernel leaves what it has measured, or finds what it is given. For few columns making an array takes a tenth of a
 tensor's time; but autograd does not watch over it, so what it may hold is limited.
 """
@@ -96,6 +96,94 @@ def normalize(ready: Ready, statistics: Numbers, x: Tensor, weight: Tensor | Non
     return _Short.forward(None, ready, statistics, x, weight, bias)
 
 
+def normalize_sum(
+    ready: Ready, statistics: Numbers, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The four steps of `x + residual`, and that sum; the residual lies as the input does."""
+    if ready.is_copied:
+        x, residual = x.contiguous(), residual.contiguous()
+    inputs = (x, residual, weight, bias)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        outputs: tuple[Tensor, Tensor] = _apply_sum(ready, statistics, *inputs)
+        return outputs
+    return _ShortSum.forward(None, ready, statistics, *inputs)
+
+
+def _forward(
+    ready: Ready, statistics: Numbers, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Output, and the sum of input and residual, if there is one."""
+    output = torch.empty_like(x)
+    total = None if residual is None else torch.empty_like(x)
+    kernel = ready.kernel
+    if not reads(kernel, weight, bias):
+        weight, bias = read(kernel, weight, bias)
+    inverse, row = statistics.buffer_info()[0], kernel.row
+    extension.forward(  # type: ignore[union-attr]  # whoever made a kernel has seen it there
+        ready.call,
+        x.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        0 if total is None else total.data_ptr(),
+        output.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0,
+        inverse + row if kernel.centers else 0,
+        inverse,
+        inverse + 2 * row if ready.has_memory and ready.use is None else 0,
+        0,
+        torch.get_num_threads(),
+    )
+    return output, total
+
+
+def _backward(
+    known: tuple[Ready, Numbers],
+    saved: tuple[Tensor, Tensor | None, Tensor | None],
+    d_output: Tensor,
+    d_total: Tensor | None,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the saved input or sum, of weight and of bias."""
+    (ready, statistics), (x, weight, bias) = known, saved
+    kernel, strides, dtype = ready.kernel, ready.strides, x.dtype
+    if torch.is_grad_enabled() or is_mapped(d_output) or (d_total is not None and is_mapped(d_total)):
+        given = Given() if ready.use is None else Given(recalled=_recalled(kernel, statistics))
+        d_x, d_weight, d_bias = by_definition(kernel, given, saved, d_output, wanted)  # type: ignore[arg-type]
+        return d_x if d_x is None or d_total is None else d_x + d_total, d_weight, d_bias
+    if x.stride() != strides:
+        x = lying(x, strides, dtype)
+    if d_output.stride() != strides or d_output.dtype is not dtype or d_output.is_neg():
+        d_output = lying(d_output, strides, dtype)
+    if d_total is not None:
+        d_total = lying(d_total, strides, dtype)
+    is_read = reads(kernel, weight, bias)
+    read_weight, read_bias = (weight, bias) if is_read else read(kernel, weight, bias)
+    d_x = torch.empty_like(x) if wanted[0] else None
+    d_weight = torch.empty_like(read_weight) if wanted[1] else None  # type: ignore[arg-type]  # it was given
+    d_bias = torch.empty_like(read_bias) if wanted[2] else None  # type: ignore[arg-type]
+    inverse = statistics.buffer_info()[0]
+    extension.backward(  # type: ignore[union-attr]  # whoever made a kernel has seen it there
+        ready.call,
+        x.data_ptr(),
+        d_output.data_ptr(),
+        0 if d_total is None else d_total.data_ptr(),
+        0 if d_x is None else d_x.data_ptr(),
+        0 if read_weight is None else read_weight.data_ptr(),
+        0 if read_bias is None else read_bias.data_ptr(),
+        0,
+        inverse + kernel.row if kernel.centers else 0,
+        inverse,
+        0,
+        0 if d_weight is None else d_weight.data_ptr(),
+        0 if d_bias is None else d_bias.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if not is_read:
+        d_weight, d_bias = returned(d_weight, weight), returned(d_bias, bias)
+    return d_x, d_weight, d_bias
+
+
 class _Short(torch.autograd.Function):
     """Input, weight and bias -> output; the derivatives are those of `cpu.py`."""
 
@@ -108,73 +196,49 @@ class _Short(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        output = torch.empty_like(x)
         if ctx is not None:
             ctx.save_for_backward(x, weight, bias)
             ctx.known = ready, statistics
-        kernel = ready.kernel
-        if not reads(kernel, weight, bias):
-            weight, bias = read(kernel, weight, bias)
-        inverse, row = statistics.buffer_info()[0], kernel.row
-        extension.forward(  # type: ignore[union-attr]  # whoever made a kernel has seen it there
-            ready.call,
-            x.data_ptr(),
-            0,
-            0,
-            output.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            0,
-            inverse + row if kernel.centers else 0,
-            inverse,
-            inverse + 2 * row if ready.has_memory and ready.use is None else 0,
-            0,
-            torch.get_num_threads(),
-        )
-        return output
+        return _forward(ready, statistics, x, None, weight, bias)[0]
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
-        ready, statistics = ctx.known
-        x, weight, bias = ctx.saved_tensors
-        kernel, strides, dtype = ready.kernel, ready.strides, x.dtype
-        wants_x, wants_weight, wants_bias = wanted = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled() or is_mapped(d_output):
-            given = Given() if ready.use is None else Given(recalled=_recalled(kernel, statistics))
-            return None, None, *by_definition(kernel, given, (x, weight, bias), d_output, wanted)
-        if x.stride() != strides:
-            x = lying(x, strides, dtype)
-        if d_output.stride() != strides or d_output.dtype is not dtype or d_output.is_neg():
-            d_output = lying(d_output, strides, dtype)
-        is_read = reads(kernel, weight, bias)
-        read_weight, read_bias = (weight, bias) if is_read else read(kernel, weight, bias)
-        d_x = torch.empty_like(x) if wants_x else None
-        d_weight = torch.empty_like(read_weight) if wants_weight else None  # type: ignore[arg-type]  # it was given
-        d_bias = torch.empty_like(read_bias) if wants_bias else None  # type: ignore[arg-type]
-        inverse = statistics.buffer_info()[0]
-        extension.backward(  # type: ignore[union-attr]  # whoever made a kernel has seen it there
-            ready.call,
-            x.data_ptr(),
-            d_output.data_ptr(),
-            0,
-            0 if d_x is None else d_x.data_ptr(),
-            0 if read_weight is None else read_weight.data_ptr(),
-            0 if read_bias is None else read_bias.data_ptr(),
-            0,
-            inverse + kernel.row if kernel.centers else 0,
-            inverse,
-            0,
-            0 if d_weight is None else d_weight.data_ptr(),
-            0 if d_bias is None else d_bias.data_ptr(),
-            torch.get_num_threads(),
-        )
-        if not is_read:
-            d_weight, d_bias = returned(d_weight, weight), returned(d_bias, bias)
-        return None, None, d_x, d_weight, d_bias
+        return None, None, *_backward(ctx.known, ctx.saved_tensors, d_output, None, ctx.needs_input_grad[2:])
+
+
+class _ShortSum(torch.autograd.Function):
+    """Input, residual, weight and bias -> output, and the sum of the first two."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # None where nobody will want a gradient
+        ready: Ready,
+        statistics: Numbers,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        output, total = cast("tuple[Tensor, Tensor]", _forward(ready, statistics, x, residual, weight, bias))
+        if ctx is not None:
+            ctx.save_for_backward(total, weight, bias)
+            ctx.known = ready, statistics
+            ctx.set_materialize_grads(False)
+        return output, total
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor | None, d_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        wants_x, wants_residual, *others = ctx.needs_input_grad[2:]
+        d_x, d_weight, d_bias = d_total, None, None
+        if d_output is not None:
+            wanted = (wants_x or wants_residual, *others)
+            d_x, d_weight, d_bias = _backward(ctx.known, ctx.saved_tensors, d_output, d_total, wanted)
+        return None, None, d_x if wants_x else None, d_x if wants_residual else None, d_weight, d_bias
 
 
 # Without the checks for function transforms, which a short call has behind it: they cost as much as a small kernel.
 _apply: Any = super(torch.autograd.Function, _Short).apply
+_apply_sum: Any = super(torch.autograd.Function, _ShortSum).apply
 
 
 def _recalled(kernel: Kernel, statistics: Numbers) -> Recalled:
