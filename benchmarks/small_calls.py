@@ -19,9 +19,33 @@ from torch import Tensor, nn
 import normwise as nw
 
 ROUNDS = 7
+
+
+class Added(nn.Module):
+    """The norm of a sum, which is wanted as well: ours takes the residual, torch's is given the sum."""
+
+    def __init__(self, norm: nn.Module, *, takes_residual: bool) -> None:
+        super().__init__()
+        self.norm, self.takes_residual = norm, takes_residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c) to (n, c)."""
+        if self.takes_residual:
+            output, _ = self.norm(x, residual=x)
+        else:
+            output = self.norm(x + x)
+        return output
+
+
 ROWS, IMAGES = (8, 64), (4, 8, 4, 4)
 CASES: list[tuple[str, nn.Module, nn.Module, tuple[int, ...]]] = [
     ("LayerNorm", nw.LayerNorm(64), nn.LayerNorm(64), ROWS),
+    (
+        "residual, LayerNorm",
+        Added(nw.LayerNorm(64), takes_residual=True),
+        Added(nn.LayerNorm(64), takes_residual=False),
+        ROWS,
+    ),
     ("RMSNorm, LayerNorm", nw.RMSNorm(64), nn.LayerNorm(64), ROWS),
     ("GroupNorm, LayerNorm", nw.GroupNorm(4, 64), nn.LayerNorm(64), ROWS),
     ("GroupNorm", nw.GroupNorm(4, 64), nn.GroupNorm(4, 64), ROWS),
