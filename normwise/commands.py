@@ -201,7 +201,11 @@ def backends(
 
         found = kinds.backends()
         typer.echo(kinds.to_json(found) if json else "\n".join(map(str, found)))
-        kinds.requested()
+        request = kinds.requested()
+        if not json:
+            typer.echo(
+                f"NORMWISE_BACKEND asks for {request}" + (": whichever takes a call" if request == "auto" else "")
+            )
 
 
 app.add_typer(model_commands.app)

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from normwise.kernels.backends import extension, requested
 from normwise.kernels.choose import Choice, choose, is_operator, plainly, readable
-from normwise.kernels.reference import Use
+from normwise.kernels.reference import Use, wide_dtype
 from normwise.memory import falls_back
 from normwise.plan import Over, Plan, becomes_contiguous, make_plan, memory_word, over_shape
 from normwise.spec import NormSpec
@@ -92,7 +92,11 @@ class Explanation:
         both = self.compiled, self.evaluation_compiled
         training, evaluation = (_OPERATOR if is_one else _DISSOLVED for is_one in both)
         lines = [f"             under torch.compile {training}"]
-        return lines if training == evaluation else [*lines, f"             and in evaluation {evaluation}"]
+        return (
+            lines
+            if training == evaluation
+            else [*lines, f"             under torch.compile, in evaluation {evaluation}"]
+        )
 
     def _evaluation_lines(self) -> list[str]:
         if (self.evaluation_kernel, self.evaluation_reason) == (self.kernel, self.reason):
@@ -100,20 +104,25 @@ class Explanation:
         return [f"             in evaluation {self.evaluation_kernel}: {self.evaluation_reason}"]
 
 
-_OPERATOR = "it is the same, as one operator"
-_DISSOLVED = "it is plain torch operations, fused with those before and after"
+_OPERATOR = "the same, as one operator"
+_DISSOLVED = "plain torch operations, fused with those before and after"
 
 
 def explain(spec: NormSpec, shape: Sequence[int] | Tensor) -> Explanation:
     """Explain a declaration on a shape, or on a tensor with its own dtype, strides and device.
 
     A shape is that of a contiguous float32 tensor on the CPU; so is a tensor on "meta", which has no data, on the CPU.
+
+    Raises:
+        TypeError: the tensor is not of floating point.
     """
     tensor = shape if isinstance(shape, Tensor) else torch.empty(tuple(shape), device="meta", dtype=torch.float32)
+    wide_dtype(tensor)
     plan = make_plan(spec.pattern, tuple(tensor.shape), spec.call_sizes)
     uses = _uses(spec, plan)
     training, evaluation = choices = [_choice(spec, plan, tensor, use) for use in uses]
-    compiled = [is_operator(choice, tensor.numel(), use) for choice, use in zip(choices, uses, strict=True)]
+    elements = tensor.numel() // _pieces(spec, plan), tensor.numel()
+    compiled = [is_operator(*asked) for asked in zip(choices, elements, uses, strict=True)]
     return Explanation(
         pattern=spec.text,
         shape=plan.shape,
@@ -140,6 +149,12 @@ def explain(spec: NormSpec, shape: Sequence[int] | Tensor) -> Explanation:
     )
 
 
+def _pieces(spec: NormSpec, plan: Plan) -> int:
+    """How many sub-batches a batch of training is divided into."""
+    ghost = None if spec.memory is None else spec.memory.ghost
+    return 1 if ghost is None or not plan.shape[0] else -(-plan.shape[0] // ghost)
+
+
 def _uses(spec: NormSpec, plan: Plan) -> tuple[Use | None, Use | None]:
     """What remembered statistics are for in training and in evaluation."""
     memory = spec.memory
@@ -158,7 +173,7 @@ def _choice(spec: NormSpec, plan: Plan, x: Tensor, use: Use | None) -> Choice:
     if x.numel() == 0:
         return plainly("there is nothing to compute")
     device = "cpu" if x.is_meta else x.device.type
-    return choose(
+    choice = choose(
         plan,
         x.stride(),
         x.dtype,
@@ -170,6 +185,9 @@ def _choice(spec: NormSpec, plan: Plan, x: Tensor, use: Use | None) -> Choice:
         request=requested(),
         available=extension is not None,
     )
+    if requested() == "cpu" and choice.geometry is None:
+        return Choice("none", "NORMWISE_BACKEND=cpu asks for a compiled kernel, and none takes this call")
+    return choice
 
 
 def _over(names: tuple[str, ...], over: Over, plan: Plan) -> dict[str, tuple[int, ...]]:

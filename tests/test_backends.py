@@ -191,7 +191,9 @@ COMMAND = "import sys; sys.argv = ['normwise', 'backends', *{words}]; from normw
 def test_the_command_prints_a_line_a_backend() -> None:
     done = python(COMMAND.format(words=[]))
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == [str(backend) for backend in nw.backends()]
+    *lines, request = done.stdout.splitlines()
+    assert lines == [str(backend) for backend in nw.backends()]
+    assert request == "NORMWISE_BACKEND asks for auto: whichever takes a call"
 
 
 def test_the_command_prints_json() -> None:

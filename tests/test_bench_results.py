@@ -41,7 +41,7 @@ def test_json_and_back() -> None:
 def test_a_file_is_written_whole_and_read_back(tmp_path: Path) -> None:
     path = save(results(), tmp_path)
     assert path == tmp_path / "results.json"
-    assert read(path) == results()
+    assert read(path) == read(tmp_path) == results()
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -202,7 +202,7 @@ def test_the_explanation_says_so(name: str) -> None:
     layer, x = made(name)
     explained = layer.explain(x)
     assert (explained.compiled, explained.evaluation_compiled) == (True, "BatchNorm" not in name)
-    assert "under torch.compile it is the same, as one operator" in str(explained)
+    assert "under torch.compile the same, as one operator" in str(explained)
     assert not layer.explain(x[:1]).compiled
 
 

@@ -19,7 +19,7 @@ GROUPS = """\
 4 output     (8, 6, 4, 4), float32, in the input's memory format
 memory word  KR (K kept, R normalized over, outermost in memory first)
 kernel       cpu: C++ for KR, columns of 192 bytes in 3 runs: measured, then normalized from the cache if they fit
-             under torch.compile it is plain torch operations, fused with those before and after
+             under torch.compile plain torch operations, fused with those before and after
 traffic      at least 6.1 kB: the input read once, the output written once"""
 
 BATCH = """\
@@ -32,8 +32,8 @@ BATCH = """\
 memory word  RK (K kept, R normalized over, outermost in memory first)
 kernel       cpu: C++ for RK, 32 columns of 401.4 kB side by side: measured, then normalized from the cache if they fit
              in evaluation cpu: C++ for RK, 32 columns of 401.4 kB side by side: normalized by what is remembered
-             under torch.compile it is the same, as one operator
-             and in evaluation it is plain torch operations, fused with those before and after
+             under torch.compile the same, as one operator
+             under torch.compile, in evaluation plain torch operations, fused with those before and after
 traffic      at least 25.7 MB: the input read once, the output written once"""
 
 
@@ -243,3 +243,26 @@ def test_what_is_explained_is_what_runs(
         explained = norm.explain(x)
         assert (ran or ["cpu"]) == [explained.kernel if training else explained.evaluation_kernel]
         ran.clear()
+
+
+def test_ghost_batches_are_calls_of_their_own() -> None:
+    x = torch.empty(4096, 64, 32, device="meta")
+    layers = [Norm("[n] c [t]", memory=Moving("c", decay=0.9, ghost=ghost)) for ghost in (32, 2048, None)]
+    assert [layer.explain(x).compiled for layer in layers] == [False, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)
+def test_what_a_call_refuses_is_not_explained(dtype: torch.dtype) -> None:
+    x = torch.zeros(4, 6, dtype=dtype)
+    message = f"^a normalization needs floating-point input, not {dtype}$"
+    for refuses in (nw.LayerNorm(6), nw.LayerNorm(6).explain):
+        with pytest.raises(TypeError, match=message):
+            refuses(x)
+
+
+def test_a_backend_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normwise.explain.requested", lambda: "cpu")
+    explained = nw.LayerNorm(6).explain(torch.zeros(4, 6, dtype=torch.float64))
+    assert explained.kernel == "none"
+    assert explained.reason == "NORMWISE_BACKEND=cpu asks for a compiled kernel, and none takes this call"
+    assert not explained.compiled

@@ -26,7 +26,7 @@ Layout = Annotated[str | None, typer.Option(help="contiguous, channels_last; sev
 Compile = Annotated[
     str | None, typer.Option(help="Compiled layers too: all, some, none. [default: some; all with --op]")
 ]
-Against = Annotated[Path | None, typer.Option(help="Earlier results, results.json: say what moved since.")]
+Against = Annotated[Path | None, typer.Option(help="Earlier results, a file or its folder: say what moved since.")]
 
 
 @app.command()
@@ -49,11 +49,13 @@ def bench(
     with plainly():
         from normwise.bench import cases, machine
         from normwise.bench.results import read
+        from normwise.kernels.backends import requested
 
         wanted = cases.Wanted(
             _listed(op), None if shape is None else shape_of(shape), _listed(dtype), _listed(layout), compile, quick
         )
         asked = cases.cases(wanted)
+        requested()
         earlier = None if against is None else read(against)
         _check(heap, out)
         if heap == "warm" and not machine.can_be_warm():

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from normwise.kernels.backends import backends
+from normwise.kernels.backends import backends, requested
 
 # Freed memory stays with the process and is found again, so that no call pays for fresh pages. Without the last two, a
 # freed block of memory keeps a small neighbour that is never merged with it, and aligned requests pass it by.
@@ -34,6 +34,7 @@ def facts() -> dict[str, str | int]:
         "python": platform.python_version(),
         "normwise": metadata.version("normwise"),
         "backends": ", ".join(available),
+        "NORMWISE_BACKEND": requested(),
         "huge pages by torch": os.environ.get("THP_MEM_ALLOC_ENABLE", "0"),
     }
 

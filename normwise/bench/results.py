@@ -110,11 +110,12 @@ def from_json(text: str) -> Results:
 
 
 def read(path: Path) -> Results:
-    """The results in a file.
+    """The results in a file, or in the file of a folder.
 
     Raises:
         StudyError: there are none in it.
     """
+    path = path / RESULTS if path.is_dir() else path
     try:
         return from_json(path.read_text(encoding="utf-8"))
     except OSError as error:

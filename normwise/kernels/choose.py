@@ -19,7 +19,7 @@ from normwise.recoveries import Affine, OffsetScale, Recovery, Scale
 
 NORMALIZERS: tuple[type[Normalizer], ...] = (Standardize, RMS, L2)  # in the order of csrc/call.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LEAST_COMPILED = 2**17  # elements of a call that is worth an operator's own time: see operator.py
+LEAST_COMPILED = 2**18  # elements of a call that is worth an operator's own time: see operator.py
 RECOVERIES: tuple[type[Recovery] | type[None], ...] = (Affine, Scale, OffsetScale, type(None))
 
 

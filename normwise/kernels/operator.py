@@ -4,8 +4,8 @@ A compiler that is shown the definition can fuse it with its neighbours; an oper
 fused reads the input twice, and sums over axes that do not lie innermost slowly. Measured with pointwise neighbours on
 both sides, on two threads, time of the definition over that of the operator: rows of 768 1.1 forward and 1.2 with the
 backward, batch norm of images 1.4 and 1.2, of a table 1.6 and 2.9, layer norm over the channels of images 1.5 and 3.7;
-alone up to 4.6. A call of the operator costs some 20 microseconds: small tensors stay with the definition, and so do
-masks and remembered statistics.
+alone up to 4.6. A call of the operator costs some 60 microseconds, of which a hot loop shows 20: at 2^17 elements the
+two are equal, so small tensors stay with the definition, and so do masks and remembered statistics.
 
 An operator is told everything in numbers and words, which mean the same in another process: compiled programs are kept.
 """
