@@ -159,7 +159,8 @@ NW_INLINE void apply_run(const T* x, T* y, int64_t n, const Line& line, const Ru
     if constexpr (kMasked) z = keep(z, mask + e, size);
     return z;
   };
-  int64_t e = 0;
+  int64_t e = unaligned(y, n);
+  if (e) store_part(y, one(0, int(e)), int(e));
   for (; e + kLanes <= n; e += kLanes) {
     if (ahead) fetch(x + e + ahead);
     const F z = one(e, std::integral_constant<int, kLanes>());

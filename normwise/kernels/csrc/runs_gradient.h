@@ -24,7 +24,8 @@ NW_INLINE void run_gradient(const T* x, const T* d_y, const T* d_sum, T* d_x, in
     if constexpr (kMasked) gradient = keep(gradient, mask + e, size);
     return d_sum ? gradient + load_some(d_sum + e, size) : gradient;
   };
-  int64_t e = 0;
+  int64_t e = unaligned(d_x, n);
+  if (e) store_part(d_x, one(0, int(e)), int(e));
   for (; e + kLanes <= n; e += kLanes) {
     if (ahead) fetch(x + e + ahead), fetch(d_y + e + ahead);
     const F gradient = one(e, std::integral_constant<int, kLanes>());

@@ -144,6 +144,13 @@ inline void stream(T* y, F v) {
 }
 inline void end_of_stream() {}
 #endif
+// How many of n elements come before the first vector that crosses no cache line; 0 where parts of a vector cost more.
+template <class T>
+inline int64_t unaligned(const T* y, int64_t n) {
+  constexpr uintptr_t kBytes = kLanes * sizeof(T);
+  const int64_t before = int64_t((kBytes - reinterpret_cast<uintptr_t>(y) % kBytes) % kBytes / sizeof(T));
+  return kLanes == 16 && n >= 4 * kLanes ? before : 0;
+}
 // Whether runs of n elements are worth it: short or broken lines cost more than they save.
 template <class T>
 inline bool fits_stream(const T* y, int64_t n) {
