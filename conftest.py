@@ -1,12 +1,14 @@
 """Settings of all tests, and what every test and every doctested example finds ready.
 
 Random numbers are the same on every run, and every test process uses one thread, because several run side by side.
-Examples know `torch`, `nw`, and normwise's public names.
+Examples know `torch`, `nw`, and normwise's public names. Where there is no GPU, kernels for it are interpreted.
 """
 
 from __future__ import annotations
 
+import os
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -14,6 +16,10 @@ import torch
 from hypothesis import settings
 
 import normwise as nw
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+collect_ignore_glob = [] if find_spec("triton") else ["normwise/kernels/gpu/*", "tests/test_gpu*"]
 
 settings.register_profile("normwise", deadline=None, max_examples=60, derandomize=True, database=None)
 settings.load_profile("normwise")

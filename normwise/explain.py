@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from normwise.kernels.backends import extension, requested
+from normwise.kernels.backends import compiled, requested
 from normwise.kernels.choose import Choice, choose, is_operator, plainly, readable
 from normwise.kernels.reference import Use, wide_dtype
 from normwise.memory import falls_back
@@ -183,10 +183,10 @@ def _choice(spec: NormSpec, plan: Plan, x: Tensor, use: Use | None) -> Choice:
         spec.parameter_over,
         use,
         request=requested(),
-        available=extension is not None,
+        compiled=compiled(),
     )
-    if requested() == "cpu" and choice.geometry is None:
-        return Choice("none", "NORMWISE_BACKEND=cpu asks for a compiled kernel, and none takes this call")
+    if requested() in ("cpu", "triton") and choice.geometry is None:
+        return Choice("none", f"NORMWISE_BACKEND={requested()} asks for its kernels, and none takes this call")
     return choice
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normwise.errors import NonFiniteError, NormwiseError, PatternError, RecomputeError, ShapeError
 from normwise.explain import Explanation, explain
-from normwise.kernels.cpu import PLAIN, fits
+from normwise.kernels.prepared import PLAIN, fits
 from normwise.kernels.reference import Steps, Use, wide_dtype
 from normwise.kernels.run import run
 from normwise.kernels.short import Ready, normalize, normalize_sum, room

@@ -39,7 +39,9 @@ RANKS = {
     "kernels.geometry": 5,
     "kernels.closed_form": 6,
     "kernels.choose": 6,
+    "kernels.prepared": 6,
     "kernels.cpu": 7,
+    "kernels.gpu": 7,
     "kernels.prepare": 8,
     "kernels.short": 8,
     "kernels.operator": 9,
@@ -73,7 +75,15 @@ RANKS = {
     "cli": 22,
     "__init__": 23,
 }
-PACKAGES = ("surgery", "diagnose", "tuning", "report", "lessons", "bench")  # one rank for all of their files
+PACKAGES = (
+    "kernels.gpu",
+    "surgery",
+    "diagnose",
+    "tuning",
+    "report",
+    "lessons",
+    "bench",
+)  # one rank for all of their files
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 70
 
@@ -88,8 +98,7 @@ def module_of(path: Path) -> str:
 
 def known_as(module: str) -> str:
     """The entry of the table that a module falls under."""
-    first = module.split(".", maxsplit=1)[0]
-    return first if first in PACKAGES else module
+    return next((package for package in PACKAGES if module == package or module.startswith(f"{package}.")), module)
 
 
 def imported(path: Path) -> Iterator[str]:

@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 import normwise as nw
 from normwise.kernels import backends as kinds
@@ -21,7 +22,7 @@ ABSENT = ModuleNotFoundError("No module named 'normwise.kernels._cpu'", name="no
 BROKEN = ImportError("/there/_cpu.abi3.so: wrong ELF class: ELFCLASS32")
 NOTE = {"instruction_sets": ["avx2", "portable"], "compiler": "g++ 12.2.0", "reason": None}
 NO_COMPILER = {"reason": "no C++ compiler was found (c++, g++, clang++; CXX may name another)"}
-NAMES = "auto, cpu, reference"
+NAMES = "auto, cpu, triton, reference"
 
 
 def module(instruction_set: str = "avx2", threads: str = "libgomp.so.1") -> ModuleType:
@@ -46,14 +47,14 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_definition_is_always_there() -> None:
-    reference, second = nw.backends()
+    reference, *others = nw.backends()
     assert reference == kinds.Backend(
         "reference", True, "torch's operators: the definition, for every pattern on every device"
     )
     assert str(reference) == (
         "reference  available  torch's operators: the definition, for every pattern on every device"
     )
-    assert second.name == "cpu"
+    assert [other.name for other in others] == ["cpu", "triton"]
 
 
 def test_the_extension_of_this_installation_tells_what_it_runs() -> None:
@@ -99,6 +100,53 @@ def test_why_it_is_missing_word_for_word(error: ImportError, note: dict[str, Any
     found = cpu(error, note)
     assert found == kinds.Backend("cpu", False, about)
     assert str(found) == f"cpu        missing    {about}"
+
+
+TAKEN = "taken when NORMWISE_BACKEND=triton asks for them"
+
+
+@pytest.mark.parametrize(
+    ("is_installed", "switch", "gpu", "available", "about"),
+    [
+        (False, "1", None, False, "Triton is not installed: pip install 'normwise[gpu]'"),
+        (True, "0", None, False, "torch sees no CUDA device"),
+        (True, "1", None, True, f"kernels in Triton 3.7.0, interpreted on the CPU, for tests; {TAKEN}"),
+        (True, "0", "NVIDIA H100", True, f"kernels in Triton 3.7.0, on NVIDIA H100; {TAKEN}"),
+    ],
+)
+def test_the_kernels_for_gpus_word_for_word(
+    is_installed: bool,
+    switch: str,
+    gpu: str | None,
+    available: bool,
+    about: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kinds, "find_spec", lambda _: object() if is_installed else None)
+    monkeypatch.setattr(kinds, "version", lambda _: "3.7.0")
+    monkeypatch.setenv("TRITON_INTERPRET", switch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
+    assert nw.backends()[2] == kinds.Backend("triton", available, about)
+    refusal = kinds._refused("triton", module(), NOTE)
+    assert refusal == (None if available else f"NORMWISE_BACKEND='triton': {about}; 'auto' runs what there is")
+
+
+@pytest.mark.parametrize(
+    ("request_", "switch", "expected"),
+    [
+        ("auto", "1", {"cpu": "cpu"}),
+        ("triton", "1", {"cpu": "triton", "cuda": "triton"}),
+        ("triton", "0", {"cuda": "triton"}),
+    ],
+)
+def test_whose_kernels_are_taken(
+    request_: str, switch: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kinds, "requested", lambda: request_)
+    monkeypatch.setattr(kinds, "extension", object())
+    monkeypatch.setenv("TRITON_INTERPRET", switch)
+    assert kinds.compiled() == expected
 
 
 def test_the_note_is_read_from_its_file(tmp_path: Path) -> None:
@@ -223,5 +271,5 @@ except nw.BackendError as error:
     print(error)
 """
     done = python(code, NORMWISE_BACKEND="cpu")
-    message = "NORMWISE_BACKEND='cpu': no compiled kernel takes this call; norm.explain(x) says why"
+    message = "NORMWISE_BACKEND='cpu': none of its kernels takes this call; norm.explain(x) says why"
     assert done.stdout == f"torch.Size([2, 4])\n{message}\n"

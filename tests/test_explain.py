@@ -40,7 +40,7 @@ traffic      at least 25.7 MB: the input read once, the output written once"""
 @pytest.fixture(autouse=True)
 def _compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels are there, and no environment variable asks for anything else."""
-    monkeypatch.setattr("normwise.explain.extension", object())
+    monkeypatch.setattr("normwise.explain.compiled", lambda: {"cpu": "cpu"})
     monkeypatch.setattr("normwise.explain.requested", lambda: "auto")
 
 
@@ -220,7 +220,7 @@ def test_training_and_evaluation_may_run_different_kernels() -> None:
 
 
 def test_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("normwise.explain.extension", None)
+    monkeypatch.setattr("normwise.explain.compiled", dict)
     reason = PLAIN + "the compiled kernels are not there: `normwise backends` says why"
     assert nw.LayerNorm(8).explain((2, 8)).reason == reason
     monkeypatch.setattr("normwise.explain.requested", lambda: "reference")
@@ -264,5 +264,5 @@ def test_a_backend_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("normwise.explain.requested", lambda: "cpu")
     explained = nw.LayerNorm(6).explain(torch.zeros(4, 6, dtype=torch.float64))
     assert explained.kernel == "none"
-    assert explained.reason == "NORMWISE_BACKEND=cpu asks for a compiled kernel, and none takes this call"
+    assert explained.reason == "NORMWISE_BACKEND=cpu asks for its kernels, and none takes this call"
     assert not explained.compiled

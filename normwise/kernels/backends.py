@@ -1,25 +1,27 @@
-"""Which backends there are: the definition in torch's operators, and the compiled kernels for the CPU, or why not.
+"""Which backends there are: the definition in torch's operators, and compiled kernels for CPU and GPU, or why not.
 
-The environment variable NORMWISE_BACKEND, read when normwise is imported, asks for one by name: `reference`, `cpu`, or
-`auto`, which chooses by measurement. One that was asked for by name is never replaced by another.
+The environment variable NORMWISE_BACKEND, read when normwise is imported, asks for one by name: `reference`, `cpu`,
+`triton`, or `auto`, which chooses by measurement. One that was asked for by name is never replaced by another.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeAlias, cast, get_args
 
-import torch  # noqa: F401 - brings the threads that the kernels look for when they are loaded
+import torch  # brings the threads that the kernels look for when they are loaded
 
 from normwise.errors import NormwiseError
 
-Request: TypeAlias = Literal["auto", "cpu", "reference"]
+Request: TypeAlias = Literal["auto", "cpu", "triton", "reference"]
 
 _EXTENSION = "normwise.kernels._cpu"
 _NOTE = Path(__file__).with_name("_cpu_build.json")
@@ -62,9 +64,20 @@ def backends() -> tuple[Backend, ...]:
     ...     print(backend.name)
     reference
     cpu
+    triton
     """
     reference = Backend("reference", True, "torch's operators: the definition, for every pattern on every device")
-    return reference, _cpu(_loaded, _read(_NOTE))
+    return reference, _cpu(_loaded, _read(_NOTE)), _triton()
+
+
+def compiled() -> Mapping[str, str]:
+    """The backend whose kernels are taken, for each type of device that has one.
+
+    Those in Triton are taken when they are asked for by name, on a CPU when Triton interprets them: TRITON_INTERPRET=1.
+    """
+    if requested() == "triton":
+        return {"cuda": "triton", "cpu": "triton"} if _is_interpreted() else {"cuda": "triton"}
+    return {} if extension is None else {"cpu": "cpu"}
 
 
 def requested() -> Request:
@@ -102,6 +115,28 @@ def _cpu(loaded: ModuleType | ImportError, note: dict[str, Any]) -> Backend:
     return Backend("cpu", True, about, runs, compiled, compiler, threads)
 
 
+def _triton() -> Backend:
+    """What there is of the kernels for GPUs."""
+    missing = _why_no_triton()
+    if missing:
+        return Backend("triton", False, missing)
+    where = "interpreted on the CPU, for tests" if _is_interpreted() else f"on {torch.cuda.get_device_name()}"
+    about = f"kernels in Triton {version('triton')}, {where}; taken when NORMWISE_BACKEND=triton asks for them"
+    return Backend("triton", True, about)
+
+
+def _why_no_triton() -> str:
+    """Why its kernels cannot run, or nothing."""
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install 'normwise[gpu]'"
+    return "" if _is_interpreted() or torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def _is_interpreted() -> bool:
+    """Whether Triton runs kernels in Python, on the CPU: its own switch."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
 def _why_not(error: ImportError, note: dict[str, Any]) -> str:
     """The loader's reason if there is a module, and otherwise the build's."""
     if not isinstance(error, ModuleNotFoundError):
@@ -116,6 +151,8 @@ def _refused(request: str, loaded: ModuleType | ImportError, note: dict[str, Any
         return f"NORMWISE_BACKEND={request!r}: there are {', '.join(get_args(Request))}"
     if request == "cpu" and isinstance(loaded, ImportError):
         return f"NORMWISE_BACKEND='cpu': {_why_not(loaded, note)}; 'auto' runs what there is"
+    if request == "triton" and _why_no_triton():
+        return f"NORMWISE_BACKEND='triton': {_why_no_triton()}; 'auto' runs what there is"
     return None
 
 

@@ -5,7 +5,8 @@ Nothing depends on how many columns there are, so that the result for a column n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ NORMALIZERS: tuple[type[Normalizer], ...] = (Standardize, RMS, L2)  # in the ord
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_COMPILED = 2**18  # elements of a call that is worth an operator's own time: see operator.py
 RECOVERIES: tuple[type[Recovery] | type[None], ...] = (Affine, Scale, OffsetScale, type(None))
+
+_WRITTEN_IN = {"cpu": "C++", "triton": "Triton"}
 
 
 class Choice(NamedTuple):
@@ -42,7 +45,7 @@ def choose(
     use: Use | None = None,
     *,
     request: Request = "auto",
-    available: bool = True,
+    compiled: Mapping[str, str] = MappingProxyType({"cpu": "cpu"}),
 ) -> Choice:
     """The kernel for an eager call.
 
@@ -56,9 +59,9 @@ def choose(
         over: The axes of its parameters.
         use: What remembered statistics are for in this call.
         request: The backend that was asked for.
-        available: Whether the compiled kernels are there.
+        compiled: The backend whose kernels are taken, for each type of device that has one.
     """
-    refusal = _refusal(dtype, device, normalizer, recovery, use, request=request, available=available)
+    refusal = _refusal(dtype, device, normalizer, recovery, use, request=request, compiled=compiled)
     if refusal:
         return plainly(refusal)
     read, copied = _read(plan, strides)
@@ -66,7 +69,8 @@ def choose(
     if isinstance(found, Misfit):
         return plainly(found.reason)
     word = memory_word(plan, read) or "one element"
-    return Choice("cpu", f"C++ for {word}{copied}, {_work(found, dtype, use)}", found)
+    backend = compiled[device]
+    return Choice(backend, f"{_WRITTEN_IN[backend]} for {word}{copied}, {_work(found, dtype, use)}", found)
 
 
 def is_operator(choice: Choice, elements: int, use: Use | None) -> bool:
@@ -112,15 +116,13 @@ def _refusal(
     use: Use | None,
     *,
     request: Request,
-    available: bool,
+    compiled: Mapping[str, str],
 ) -> str:
     """Why the compiled kernels do not take a call, or nothing."""
     if request == "reference":
         return "NORMWISE_BACKEND=reference asks for them"
-    if device != "cpu":
-        return f"there is no kernel for {device} yet"
-    if not available:
-        return "the compiled kernels are not there: `normwise backends` says why"
+    if device not in compiled:
+        return _MISSING.get(device, f"there is no kernel for {device} yet")
     if dtype not in DTYPES:
         return f"no kernel computes in {str(dtype).removeprefix('torch.')}"
     for name, part, known in (("normalizer", normalizer, NORMALIZERS), ("recovery", recovery, RECOVERIES)):
@@ -128,6 +130,12 @@ def _refusal(
             return f"no kernel knows the {name} {type(part).__name__}"
     return _MIXED.get(use, "")
 
+
+# Why there are no compiled kernels for a type of device that could have some.
+_MISSING = {
+    "cpu": "the compiled kernels are not there: `normwise backends` says why",
+    "cuda": "the kernels in Triton run when NORMWISE_BACKEND=triton asks for them",
+}
 
 # What is done with remembered statistics beside those of the batch, which no kernel does.
 _MIXED: dict[Use | None, str] = {

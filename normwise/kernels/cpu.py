@@ -1,76 +1,138 @@
-"""The compiled kernels for the CPU, as a differentiable function.
-
-`Kernel` is what is known of a call before its tensors come: it is made once for a declaration, a shape, strides and a
-dtype, so that a call looks little up. The tensors are checked here, because the kernels are given addresses only.
-"""
+"""The compiled kernels for the CPU: how a prepared call reaches csrc/."""
 
 from __future__ import annotations
 
 import struct
-from typing import Any, NamedTuple, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from normwise.kernels.backends import extension
 from normwise.kernels.choose import DTYPES, NORMALIZERS
-from normwise.kernels.geometry import Geometry, mask_shape
-from normwise.kernels.reference import Recalled, Steps, four_steps, placed
+from normwise.kernels.geometry import Geometry
+from normwise.kernels.prepared import (
+    Forward,
+    Given,
+    Gradients,
+    Inputs,
+    Kernel,
+    Saved,
+    in_order,
+    lying,
+    mask_bytes,
+    read,
+    returned,
+    shaped,
+    strides_of,
+)
+from normwise.kernels.reference import Recalled, Steps
 from normwise.moments import Moments
-from normwise.normalizers import L2, RMS, Standardize
 from normwise.plan import Over
 from normwise.pointwise import FUNCTIONS
-from normwise.recoveries import OffsetScale
-from normwise.transforms import derivatives
 
 _ACTIVATIONS = (None, *FUNCTIONS)  # in the order of csrc/call.h
 _CALL = struct.Struct("=15qd6i")
 _WIDE = torch.float64
-PLAIN = (Parameter, Tensor)  # a class made of them may be anything
-_is_batched = torch._C._functorch.is_legacy_batchedtensor  # of `torch.autograd.grad(..., is_grads_batched=True)`
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # what a transform left behind has no address
 
 
-class Kernel:
-    """One call, prepared: what `csrc/call.h` wants to know, for the batch's statistics and for given ones."""
+class CpuKernel(Kernel):
+    """What `csrc/call.h` wants to know, for the batch's statistics and for given ones.
 
-    __slots__ = (
-        *("bytes_given", "bytes_measured", "centers", "columns", "eps", "geometry", "offset", "over"),
-        *("has_bias", "has_weight", "row", "size", "steps"),
-    )
+    The statistics of a call are (4, columns) in float64: inverse, mean, m2, count, as many as are wanted.
+    """
+
+    __slots__ = ("bytes_given", "bytes_measured", "row")
+
+    on_cpu: ClassVar[bool] = True
 
     def __init__(self, steps: Steps, geometry: Geometry, over: Over, dtype: torch.dtype) -> None:
-        self.steps, self.geometry, self.over = steps, geometry, over
-        parameters = () if steps.recovery is None else tuple(steps.recovery.parameters)
-        self.has_weight, self.has_bias = "weight" in parameters, "bias" in parameters
-        self.columns, self.size = geometry.columns, geometry.weights.size
+        super().__init__(steps, geometry, over, dtype)
         self.row = self.columns * _WIDE.itemsize
-        self.centers = isinstance(steps.normalizer, Standardize)
-        self.offset = 1.0 if isinstance(steps.recovery, OffsetScale) else 0.0
-        eps = cast("Standardize | RMS | L2", steps.normalizer).eps
-        self.eps = torch.finfo(dtype).eps if eps is None else eps
-        self.bytes_measured = self._call(dtype, (1, 1, 1, 1), measured=True)
-        self.bytes_given = self._call(dtype, (1, 1, 1, 1), measured=False)
+        self.bytes_measured = self._call((1, 1, 1, 1), measured=True)
+        self.bytes_given = self._call((1, 1, 1, 1), measured=False)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        dtype = DTYPES[_CALL.unpack(self.bytes_measured)[16]]
-        return Kernel, (self.steps, self.geometry, self.over, dtype)
+    def forward(self, given: Given, inputs: Inputs) -> Forward:
+        """Run the kernel, without autograd."""
+        x, residual, weight, bias = inputs
+        output = torch.empty_like(x)
+        total = None if residual is None else torch.empty_like(x)
+        weight, bias = read(self, weight, bias)
+        mask = None if given.valid is None else mask_bytes(self, given.valid)
+        measured = given.recalled is None
+        statistics = self._room(given) if given.recalled is None else self._recalled(given.recalled)
+        inverse, mean, m2, count = self._addresses(statistics, given)
+        extension.forward(  # type: ignore[union-attr]  # whoever made a kernel has seen it there
+            self._bytes(None if mask is None else mask.shape, measured=measured),  # type: ignore[arg-type]
+            x.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            0 if total is None else total.data_ptr(),
+            output.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if mask is None else mask.data_ptr(),
+            mean,
+            inverse,
+            m2,
+            count,
+            torch.get_num_threads(),
+        )
+        return Forward(output, total, statistics, weight, bias, mask)
 
-    def call(self, dtype: torch.dtype, mask: tuple[int, int, int, int] | None, *, measured: bool) -> bytes:
+    def backward(
+        self, given: Given, saved: Saved, d_output: Tensor, d_total: Tensor | None, wanted: tuple[bool, ...]
+    ) -> Gradients:
+        """Those gradients of input, weight and bias that are wanted."""
+        x, weight, bias, statistics = saved
+        strides = x.stride()
+        d_output = lying(d_output, strides, x.dtype)
+        d_total = None if d_total is None else lying(d_total, strides, x.dtype)
+        d_x = torch.empty_like(x) if wanted[0] else None
+        read_weight, read_bias = read(self, weight, bias)
+        d_weight = torch.empty_like(read_weight) if wanted[1] and read_weight is not None else None
+        d_bias = torch.empty_like(read_bias) if wanted[2] and read_bias is not None else None
+        mask = None if given.valid is None else mask_bytes(self, given.valid)
+        inverse, mean, _, count = self._addresses(statistics, given)
+        extension.backward(  # type: ignore[union-attr]  # whoever made a kernel has seen it there
+            self._bytes(None if mask is None else mask.shape, measured=given.recalled is None),  # type: ignore[arg-type]
+            x.data_ptr(),
+            d_output.data_ptr(),
+            0 if d_total is None else d_total.data_ptr(),
+            0 if d_x is None else d_x.data_ptr(),
+            0 if read_weight is None else read_weight.data_ptr(),
+            0 if read_bias is None else read_bias.data_ptr(),
+            0 if mask is None else mask.data_ptr(),
+            mean,
+            inverse,
+            count,
+            0 if d_weight is None else d_weight.data_ptr(),
+            0 if d_bias is None else d_bias.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return d_x, returned(d_weight, weight), returned(d_bias, bias)
+
+    def moments(self, given: Given, statistics: Tensor) -> Moments | None:
+        """The batch's moments, with a dimension for each of the view's, if they are wanted."""
+        if not given.remembers:
+            return None
+        m2 = shaped(self, statistics[2])
+        mean = shaped(self, statistics[1]) if self.centers else m2 * 0
+        return Moments(self.steps.plan.rows if given.valid is None else shaped(self, statistics[3]), mean, m2)
+
+    def _bytes(self, mask: tuple[int, int, int, int] | None, *, measured: bool) -> bytes:
         """The bytes of `Call`; `mask` is the mask's sizes in the four groups."""
         if mask is None:
             return self.bytes_measured if measured else self.bytes_given
-        return self._call(dtype, mask, measured=measured)
+        return self._call(mask, measured=measured)
 
-    def _call(self, dtype: torch.dtype, mask: tuple[int, int, int, int], *, measured: bool) -> bytes:
+    def _call(self, mask: tuple[int, int, int, int], *, measured: bool) -> bytes:
         geometry, steps = self.geometry, self.steps
         return _CALL.pack(
             *geometry.sizes,
             *geometry.weights,
-            *_strides(mask),
+            *strides_of(mask),
             self.eps,
-            DTYPES.index(dtype),
+            DTYPES.index(self.dtype),
             NORMALIZERS.index(type(steps.normalizer)),
             _ACTIVATIONS.index(steps.activation),
             0 if geometry.by_runs else 1,
@@ -78,309 +140,20 @@ class Kernel:
             geometry.has_dense_columns,
         )
 
+    def _room(self, given: Given) -> Tensor:
+        """Where the kernel puts the numbers of each column."""
+        rows = 4 if given.valid is not None else 3 if given.remembers else 2 if self.centers else 1
+        return torch.empty((rows, self.columns), dtype=_WIDE)
 
-class Given(NamedTuple):
-    """What a call has beside its input and parameters."""
+    def _addresses(self, statistics: Tensor, given: Given) -> tuple[int, int, int, int]:
+        """Where the rows of the statistics begin; 0 for those that are not there, or not wanted."""
+        first, row = statistics.data_ptr(), statistics.shape[1] * statistics.element_size()
+        rows = statistics.shape[0]
+        mean = first + row if rows > 1 and self.centers else 0
+        m2 = first + 2 * row if rows > 2 else 0
+        return first, mean, m2, first + 3 * row if rows > 3 else 0
 
-    residual: bool = False
-    valid: Tensor | None = None  # shaped to broadcast against the view
-    recalled: Recalled | None = None  # statistics used instead of the batch's
-    remembers: bool = False  # whether the moments are wanted
-
-
-class Output(NamedTuple):
-    """The output, the sum of input and residual, and the batch's moments, shaped to broadcast against the view."""
-
-    output: Tensor
-    total: Tensor | None
-    moments: Moments | None
-
-
-def fits(x: Tensor, weight: Tensor | None, bias: Tensor | None, kernel: Kernel) -> bool:
-    """Whether the tensors are what the kernel may read: plain ones on the CPU, of the size that was prepared."""
-    if not x.is_cpu or x.is_neg() or _is_wrapped(x):
-        return False
-    for parameter in (weight, bias):
-        if parameter is not None and not (
-            type(parameter) in PLAIN
-            and parameter.is_cpu
-            and parameter.numel() == kernel.size
-            and not parameter.is_neg()
-            and not _is_wrapped(parameter)
-        ):
-            return False
-    return True
-
-
-def normalize_with(
-    kernel: Kernel, given: Given, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> Output:
-    """A call with a residual, a mask, remembered statistics, or whose moments are wanted."""
-    inputs = (x, residual, weight, bias)
-    if not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)):
-        found = forward(kernel, given, *inputs)
-        return Output(found.output, found.total, moments_of(kernel, given, found.statistics))
-    outputs = _Compiled.apply(kernel, given, *inputs)  # type: ignore[no-untyped-call]
-    output, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
-    total = rest.pop(0) if given.residual else None
-    return Output(output, total, moments_of(kernel, given, rest[0]) if given.remembers else None)
-
-
-class Forward(NamedTuple):
-    """What a forward gives, and what the kernel read."""
-
-    output: Tensor
-    total: Tensor | None
-    statistics: Tensor  # (4, columns): inverse, mean, m2, count, as many as are wanted
-    weight: Tensor | None  # as the kernel reads it
-    bias: Tensor | None
-    mask: Tensor | None
-
-
-def forward(
-    kernel: Kernel, given: Given, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> Forward:
-    """Run the kernel, without autograd."""
-    output = torch.empty_like(x)
-    total = None if residual is None else torch.empty_like(x)
-    weight, bias = read(kernel, weight, bias)
-    mask = None if given.valid is None else _bytes_of(kernel, given.valid)
-    measured = given.recalled is None
-    statistics = _room(kernel, given) if given.recalled is None else _recalled(kernel, given.recalled)
-    inverse, mean, m2, count = _addresses(kernel, statistics, given)
-    extension.forward(  # type: ignore[union-attr]  # whoever made a kernel has seen it there
-        kernel.call(x.dtype, None if mask is None else mask.shape, measured=measured),  # type: ignore[arg-type]
-        x.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        0 if total is None else total.data_ptr(),
-        output.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if mask is None else mask.data_ptr(),
-        mean,
-        inverse,
-        m2,
-        count,
-        torch.get_num_threads(),
-    )
-    return Forward(output, total, statistics, weight, bias, mask)
-
-
-class _Compiled(torch.autograd.Function):
-    """Input, residual, weight and bias -> output, sum of input and residual, statistics (not differentiable).
-
-    The derivative is in closed form, as in closed_form.py; where a derivative of it is wanted, that of the definition.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        kernel: Kernel,
-        given: Given,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-    ) -> Any:
-        found = forward(kernel, given, x, residual, weight, bias)
-        recalled = () if given.recalled is None else given.recalled.statistics
-        seen = x if found.total is None else found.total
-        ctx.save_for_backward(seen, weight, bias, found.statistics, given.valid, *recalled)
-        ctx.kernel, ctx.given, ctx.strides = kernel, given._replace(valid=None), x.stride()
-        ctx.set_materialize_grads(False)
-        if not (given.residual or given.remembers):
-            return found.output
-        outputs: tuple[Any, ...] = (found.output,)
-        if given.residual:
-            outputs += (found.total,)
-        if given.remembers:
-            ctx.mark_non_differentiable(found.statistics)
-            outputs += (found.statistics,)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, d_output: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-        kernel: Kernel = ctx.kernel
-        given: Given = ctx.given
-        x, weight, bias, statistics, valid, *recalled = ctx.saved_tensors
-        x = lying(x, ctx.strides, x.dtype)
-        if given.recalled is not None:
-            given = given._replace(recalled=given.recalled._replace(statistics=tuple(recalled)))
-        given = given if valid is None else given._replace(valid=valid)
-        d_total = others[0] if given.residual else None
-        wants_x, wants_residual, *wanted = ctx.needs_input_grad[2:]
-        if d_output is None:
-            d_x, d_weight, d_bias = d_total, None, None
-        elif torch.is_grad_enabled() or is_mapped(d_output) or (d_total is not None and is_mapped(d_total)):
-            wants = (wants_x or wants_residual, *wanted)
-            d_x, d_weight, d_bias = by_definition(kernel, given, (x, weight, bias), d_output, wants)
-            d_x = d_total if d_x is None else d_x if d_total is None else d_x + d_total
-        else:
-            wants = (wants_x or wants_residual, *wanted)
-            d_x, d_weight, d_bias = backward(kernel, given, (x, weight, bias, statistics), d_output, d_total, wants)
-        return None, None, d_x if wants_x else None, d_x if wants_residual else None, d_weight, d_bias
-
-
-def is_mapped(gradient: Tensor) -> bool:
-    """Whether a gradient stands for many, or is followed by a transform, and so has no address."""
-    return _is_wrapped(gradient) or _is_batched(gradient)
-
-
-def by_definition(
-    kernel: Kernel, given: Given, inputs: tuple[Tensor, ...], d_output: Tensor, wanted: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """Differentiable gradients: those that autograd makes of the definition; also mapped over many cotangents."""
-    steps = kernel.steps._replace(valid=given.valid, recalled=given.recalled)
-
-    def defined(x: Tensor, *parameters: Tensor | None) -> Tensor:
-        names = () if steps.recovery is None else steps.recovery.parameters
-        own = placed(steps.recovery, parameters[: len(names)], kernel.over, steps.plan, x)
-        return four_steps(x, steps, own).output
-
-    with torch.enable_grad():
-        return derivatives(defined, inputs, (d_output,), wanted)
-
-
-def backward(
-    kernel: Kernel,
-    given: Given,
-    saved: tuple[Tensor, Tensor | None, Tensor | None, Tensor],
-    d_output: Tensor,
-    d_total: Tensor | None,
-    wanted: tuple[bool, ...],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of input, weight and bias; `saved` is the input, weight, bias and statistics."""
-    x, weight, bias, statistics = saved
-    strides = x.stride()
-    d_output = lying(d_output, strides, x.dtype)
-    d_total = None if d_total is None else lying(d_total, strides, x.dtype)
-    d_x = torch.empty_like(x) if wanted[0] else None
-    read_weight, read_bias = read(kernel, weight, bias)
-    d_weight = torch.empty_like(read_weight) if wanted[1] and read_weight is not None else None
-    d_bias = torch.empty_like(read_bias) if wanted[2] and read_bias is not None else None
-    mask = None if given.valid is None else _bytes_of(kernel, given.valid)
-    inverse, mean, _, count = _addresses(kernel, statistics, given)
-    extension.backward(  # type: ignore[union-attr]  # whoever made a kernel has seen it there
-        kernel.call(x.dtype, None if mask is None else mask.shape, measured=given.recalled is None),  # type: ignore[arg-type]
-        x.data_ptr(),
-        d_output.data_ptr(),
-        0 if d_total is None else d_total.data_ptr(),
-        0 if d_x is None else d_x.data_ptr(),
-        0 if read_weight is None else read_weight.data_ptr(),
-        0 if read_bias is None else read_bias.data_ptr(),
-        0 if mask is None else mask.data_ptr(),
-        mean,
-        inverse,
-        count,
-        0 if d_weight is None else d_weight.data_ptr(),
-        0 if d_bias is None else d_bias.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return d_x, returned(d_weight, weight), returned(d_bias, bias)
-
-
-def lying(x: Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor that lies in memory as the kernel's input did, without a change to what came.
-
-    A gradient may come in any order, and so may a saved input that hooks have kept elsewhere.
-    """
-    if x.stride() == strides and x.dtype is dtype and not x.is_neg():
-        return x
-    return torch.empty_strided(x.shape, strides, dtype=dtype).copy_(x)
-
-
-def reads(kernel: Kernel, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether parameters are as the kernel reads them."""
-    return (weight is None or (weight.dtype is torch.float32 and weight.is_contiguous() and not kernel.offset)) and (
-        bias is None or (weight is not None and bias.dtype is torch.float32 and bias.is_contiguous())
-    )
-
-
-def read(kernel: Kernel, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Parameters as the kernel reads them: float32, contiguous, and no bias without a weight."""
-    if weight is not None and (weight.dtype is not torch.float32 or kernel.offset or not weight.is_contiguous()):
-        weight = (weight.detach().float() + kernel.offset if kernel.offset else weight.detach().float()).contiguous()
-    if bias is not None:
-        if bias.dtype is not torch.float32 or not bias.is_contiguous():
-            bias = bias.detach().float().contiguous()
-        if weight is None:
-            weight = torch.ones_like(bias)
-    return weight, bias
-
-
-def returned(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    """A gradient of the parameter's dtype and shape."""
-    if gradient is None or parameter is None or gradient.dtype is parameter.dtype:
-        return gradient
-    return gradient.to(parameter.dtype)
-
-
-def _room(kernel: Kernel, given: Given) -> Tensor:
-    """Where the kernel puts the numbers of each column."""
-    rows = 4 if given.valid is not None else 3 if given.remembers else 2 if kernel.centers else 1
-    return torch.empty((rows, kernel.geometry.columns), dtype=_WIDE)
-
-
-def _addresses(kernel: Kernel, statistics: Tensor, given: Given) -> tuple[int, int, int, int]:
-    """Where the rows of the statistics begin; 0 for those that are not there, or not wanted."""
-    first, row = statistics.data_ptr(), statistics.shape[1] * statistics.element_size()
-    rows = statistics.shape[0]
-    mean = first + row if rows > 1 and kernel.centers else 0
-    m2 = first + 2 * row if rows > 2 else 0
-    return first, mean, m2, first + 3 * row if rows > 3 else 0
-
-
-def _recalled(kernel: Kernel, recalled: Recalled) -> Tensor:
-    """Remembered statistics as the kernel reads them: inverse and mean of each column."""
-    *mean, spread = recalled.statistics
-    return in_order(kernel, torch.stack([(spread.to(_WIDE) + kernel.eps).rsqrt(), *(m.to(_WIDE) for m in mean)]))
-
-
-def in_order(kernel: Kernel, rows: Tensor) -> Tensor:
-    """Numbers (n, ...) that broadcast against the view's columns, as rows (n, columns) in the kernel's order."""
-    kept, plan = kernel.geometry.kept, kernel.steps.plan
-    shape = [1 if dim in plan.reduced else size for dim, size in enumerate(plan.view)]
-    order = [*kept, *(dim for dim in range(len(shape)) if dim not in kept)]
-    return rows.expand(-1, *shape).permute(0, *(1 + dim for dim in order)).reshape(len(rows), -1)
-
-
-def moments_of(kernel: Kernel, given: Given, statistics: Tensor) -> Moments | None:
-    """The batch's moments, with a dimension for each of the view's."""
-    if not given.remembers:
-        return None
-    m2 = shaped(kernel, statistics[2])
-    mean = shaped(kernel, statistics[1]) if kernel.centers else m2 * 0
-    return Moments(kernel.steps.plan.rows if given.valid is None else shaped(kernel, statistics[3]), mean, m2)
-
-
-def shaped(kernel: Kernel, rows: Tensor) -> Tensor:
-    """Numbers of each column, (..., columns) in the kernel's order, shaped to broadcast against the view."""
-    kept, view = kernel.geometry.kept, kernel.steps.plan.view
-    first = rows.shape[:-1]
-    order = sorted(range(len(kept)), key=kept.__getitem__)
-    if order != list(range(len(kept))):
-        rows = rows.reshape(*first, *(view[dim] for dim in kept))
-        rows = rows.permute(*range(len(first)), *(len(first) + place for place in order))
-    return rows.reshape(*first, *(size if dim in kept else 1 for dim, size in enumerate(view)))
-
-
-def _bytes_of(kernel: Kernel, valid: Tensor) -> Tensor:
-    """A mask as the kernel reads it: a byte for each element that it tells apart, in the four groups."""
-    geometry, plan = kernel.geometry, kernel.steps.plan
-    sizes = mask_shape(geometry, plan, valid.shape)
-    dims = [dim for group in geometry.groups for dim in group]
-    shape = list(valid.shape)
-    for group, size in zip(geometry.groups, sizes, strict=True):
-        for dim in group if size != 1 else ():
-            shape[dim] = plan.view[dim]
-    others = [dim for dim in range(len(shape)) if dim not in dims]
-    return valid.expand(shape).permute([*dims, *others]).reshape(sizes).contiguous().view(torch.uint8)
-
-
-def _strides(sizes: tuple[int, int, int, int]) -> tuple[int, ...]:
-    """Those of a contiguous tensor, 0 for sizes of 1."""
-    strides, step = [], 1
-    for size in reversed(sizes):
-        strides.append(step if size != 1 else 0)
-        step *= size
-    return tuple(reversed(strides))
+    def _recalled(self, recalled: Recalled) -> Tensor:
+        """Remembered statistics as the kernel reads them: inverse and mean of each column."""
+        *mean, spread = recalled.statistics
+        return in_order(self, torch.stack([(spread.to(_WIDE) + self.eps).rsqrt(), *(m.to(_WIDE) for m in mean)]))

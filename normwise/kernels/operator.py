@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_exporting
 
-from normwise.kernels import closed_form, cpu
+from normwise.kernels import closed_form
 from normwise.kernels.backends import extension, requested
 from normwise.kernels.choose import DTYPES, LEAST_COMPILED, NORMALIZERS, RECOVERIES
 from normwise.kernels.prepare import as_read, kernel_for
+from normwise.kernels.prepared import Given, Kernel, fits, in_order, shaped
 from normwise.kernels.reference import Result, Steps, four_steps, placed, wide_dtype
 from normwise.moments import Moments
 from normwise.normalizers import Normalizer
@@ -36,7 +37,7 @@ from normwise.transforms import being_transformed, derivatives
 Inputs: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]  # and weight and bias
 
 _WIDE = torch.float64
-_REMEMBERS = cpu.Given(remembers=True)
+_REMEMBERS = Given(remembers=True)
 _NORMALIZERS: dict[str, Callable[[float | None], Normalizer]] = {kind.__name__: kind for kind in NORMALIZERS}
 _RECOVERIES: dict[str, Callable[[str], Recovery]] = {
     kind.__name__: cast("Callable[[str], Recovery]", kind) for kind in RECOVERIES
@@ -116,9 +117,9 @@ def _told(x: Tensor, declared: Sequence[Any]) -> tuple[Steps, Over]:
     return _steps_of(tuple(x.shape), *(tuple(part) if isinstance(part, list) else part for part in declared))
 
 
-def _chosen(x: Tensor, steps: Steps, over: Over, weight: Tensor | None, bias: Tensor | None) -> cpu.Kernel | None:
+def _chosen(x: Tensor, steps: Steps, over: Over, weight: Tensor | None, bias: Tensor | None) -> Kernel | None:
     kernel = kernel_for(x, steps, over, None)
-    return kernel if kernel is not None and cpu.fits(x, weight, bias, kernel) else None
+    return kernel if kernel is not None and fits(x, weight, bias, kernel) else None
 
 
 def _run(x: Tensor, weight: Tensor | None, bias: Tensor | None, *declared: Any) -> tuple[Tensor, Tensor]:
@@ -130,10 +131,10 @@ def _run(x: Tensor, weight: Tensor | None, bias: Tensor | None, *declared: Any) 
         result = four_steps(x, steps, placed(steps.recovery, _given(steps, weight, bias), over, steps.plan, x))
         _, mean, m2 = cast("Moments", result.moments)
         return result.output.clone(), torch.stack([torch.zeros_like(mean), mean, m2]).to(_WIDE)
-    found = cpu.forward(kernel, _REMEMBERS, x, None, weight, bias)
+    found = kernel.forward(_REMEMBERS, (x, None, weight, bias))
     if not kernel.centers:
         found.statistics[1] = 0
-    return found.output, cpu.shaped(kernel, found.statistics).contiguous()
+    return found.output, shaped(kernel, found.statistics).contiguous()
 
 
 def _differentiate(
@@ -152,8 +153,8 @@ def _differentiate(
     if kernel is None:
         found = tuple(_plain_gradients(d_output, (x, weight, bias), steps, over, wanted))
     else:
-        saved = (x, weight, bias, cpu.in_order(kernel, statistics))
-        found = cpu.backward(kernel, cpu.Given(), saved, d_output, None, tuple(wanted))
+        saved = (x, weight, bias, in_order(kernel, statistics))
+        found = kernel.backward(Given(), saved, d_output, None, tuple(wanted))
     return [gradient for gradient in found if gradient is not None]
 
 

@@ -7,17 +7,18 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from normwise.kernels import cpu
-from normwise.kernels.backends import extension, requested
+from normwise.kernels.backends import compiled, requested
 from normwise.kernels.choose import NORMALIZERS, RECOVERIES, choose
+from normwise.kernels.cpu import CpuKernel
 from normwise.kernels.geometry import is_dense, lies_as
+from normwise.kernels.prepared import PLAIN, Kernel
 from normwise.kernels.reference import Steps, Use
 from normwise.plan import Over
 
 
-def kernel_for(x: Tensor, steps: Steps, over: Over, use: Use | None) -> cpu.Kernel | None:
+def kernel_for(x: Tensor, steps: Steps, over: Over, use: Use | None) -> Kernel | None:
     """The compiled kernel for a call in which remembered statistics are for `use`, if one is chosen."""
-    if type(x) not in cpu.PLAIN or x.layout is not torch.strided:
+    if type(x) not in PLAIN or x.layout is not torch.strided:
         return None
     if type(steps.normalizer) not in NORMALIZERS or type(steps.recovery) not in RECOVERIES:
         return None  # a part of the user's own need not even be hashable
@@ -28,7 +29,7 @@ def kernel_for(x: Tensor, steps: Steps, over: Over, use: Use | None) -> cpu.Kern
 @lru_cache(maxsize=4096)
 def _prepared(
     steps: Steps, strides: tuple[int, ...], dtype: torch.dtype, device: str, over: Over, use: Use | None
-) -> cpu.Kernel | None:
+) -> Kernel | None:
     choice = choose(
         steps.plan,
         strides,
@@ -39,9 +40,20 @@ def _prepared(
         over,
         use,
         request=requested(),
-        available=extension is not None,
+        compiled=compiled(),
     )
-    return None if choice.geometry is None else cpu.Kernel(steps, choice.geometry, over, dtype)
+    if choice.geometry is None:
+        return None
+    return _kernels(choice.kernel)(steps, choice.geometry, over, dtype)
+
+
+def _kernels(backend: str) -> type[Kernel]:
+    """The class of a backend's kernels; Triton is loaded when it is first wanted."""
+    if backend == "cpu":
+        return CpuKernel
+    from normwise.kernels.gpu.kernel import GpuKernel
+
+    return GpuKernel
 
 
 def as_read(x: Tensor, like: Tensor) -> Tensor:

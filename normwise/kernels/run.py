@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from normwise.kernels import closed_form, cpu, operator
+from normwise.kernels import closed_form, operator
 from normwise.kernels.backends import BackendError, requested
+from normwise.kernels.cpu import CpuKernel
 from normwise.kernels.geometry import is_dense
 from normwise.kernels.prepare import as_read, kernel_for
+from normwise.kernels.prepared import PLAIN, Given, Kernel, fits, normalize_with
 from normwise.kernels.reference import Result, Steps, Use, placed
 from normwise.kernels.short import MOST_COLUMNS, Ready, made_ready
 from normwise.plan import Over, Plan, becomes_contiguous
@@ -43,13 +45,13 @@ def run(
         BackendError: the compiled kernels were asked for by name, and do not take this call.
     """
     x = _in_rows(x, steps.plan)
-    if residual is not None and (residual.dtype != x.dtype or not residual.is_cpu or type(residual) is not type(x)):
+    if residual is not None and not _resembles(residual, x):
         x = total = x + residual
         return run(x, steps, parameters, over, remembers=remembers)[0], total
     weight, bias = [*parameters, None, None][:2]
     use = None if steps.recalled is None else steps.recalled.use
     kernel = None if being_traced() or x.numel() == 0 else kernel_for(x, steps, over, use)
-    if kernel is None or not cpu.fits(x, weight, bias, kernel) or _is_watched(steps) or _lies_elsewhere(steps):
+    if kernel is None or not fits(x, weight, bias, kernel) or _is_watched(steps) or _lies_elsewhere(steps, x):
         _check_request(x)
         total = x if residual is None else x + residual
         if operator.pays(total, steps):
@@ -57,10 +59,10 @@ def run(
             return result, None if residual is None else total
         own = placed(steps.recovery, parameters, over, steps.plan, x)
         return closed_form.run(total, steps, own), None if residual is None else total
-    given = cpu.Given(residual is not None, steps.valid, steps.recalled, remembers)
+    given = Given(residual is not None, steps.valid, steps.recalled, remembers)
     x = as_read(x, x)
     residual = None if residual is None else as_read(residual, x)
-    output, total, moments = cpu.normalize_with(kernel, given, x, residual, weight, bias)  # type: ignore[assignment]
+    output, total, moments = normalize_with(kernel, given, x, residual, weight, bias)  # type: ignore[assignment]
     return Result(output, moments, None), total
 
 
@@ -71,10 +73,17 @@ def _in_rows(x: Tensor, plan: Plan) -> Tensor:
     return x
 
 
+def _resembles(residual: Tensor, x: Tensor) -> bool:
+    """Whether a kernel may add a residual itself."""
+    return residual.dtype == x.dtype and residual.device == x.device and type(residual) is type(x)
+
+
 def _check_request(x: Tensor) -> None:
     """Refuse to fall back where a backend was asked for by name; whoever traces a call gets plain operations anyway."""
-    if requested() == "cpu" and not being_traced() and x.numel() > 0:
-        raise BackendError("NORMWISE_BACKEND='cpu': no compiled kernel takes this call; norm.explain(x) says why")
+    if requested() in ("cpu", "triton") and not being_traced() and x.numel() > 0:
+        raise BackendError(
+            f"NORMWISE_BACKEND={requested()!r}: none of its kernels takes this call; norm.explain(x) says why"
+        )
 
 
 def ready_for(x: Tensor, steps: Steps, over: Over, use: Use | None, remembered: Over | None) -> Ready | None:
@@ -91,12 +100,16 @@ def ready_for(x: Tensor, steps: Steps, over: Over, use: Use | None, remembered: 
     if x.numel() == 0 or not is_dense(x.shape, x.stride()):
         return None
     kernel = kernel_for(x, steps, over, use)
-    if kernel is None or kernel.columns > MOST_COLUMNS or not (remembered is None or _in_order(kernel, remembered)):
+    if (
+        not isinstance(kernel, CpuKernel)
+        or kernel.columns > MOST_COLUMNS
+        or not (remembered is None or _in_order(kernel, remembered))
+    ):
         return None
     return made_ready(kernel, x.stride(), use, has_memory=remembered is not None, is_copied=x is not given)
 
 
-def _in_order(kernel: cpu.Kernel, over: Over) -> bool:
+def _in_order(kernel: Kernel, over: Over) -> bool:
     """Whether a memory over the named axes has one place for each column, in the kernel's order."""
     plan = kernel.steps.plan
     remembered = [plan.names.index(name) for dim in over for name in dim]
@@ -110,7 +123,7 @@ def _is_watched(steps: Steps) -> bool:
     return steps.recalled is not None and any(statistic.requires_grad for statistic in steps.recalled.statistics)
 
 
-def _lies_elsewhere(steps: Steps) -> bool:
+def _lies_elsewhere(steps: Steps, x: Tensor) -> bool:
     """Whether a mask or remembered statistics have no address that a kernel may read."""
     tensors = [*(steps.recalled.statistics if steps.recalled else ()), *(() if steps.valid is None else (steps.valid,))]
-    return not all(type(tensor) in cpu.PLAIN and tensor.is_cpu for tensor in tensors)
+    return not all(type(tensor) in PLAIN and tensor.device == x.device for tensor in tensors)

@@ -14,18 +14,8 @@ import torch
 from torch import Tensor
 
 from normwise.kernels.backends import extension
-from normwise.kernels.cpu import (
-    Given,
-    Kernel,
-    by_definition,
-    is_mapped,
-    lying,
-    moments_of,
-    read,
-    reads,
-    returned,
-    shaped,
-)
+from normwise.kernels.cpu import CpuKernel
+from normwise.kernels.prepared import Given, by_definition, is_mapped, lying, read, reads, returned, shaped
 from normwise.kernels.reference import Recalled, Use
 from normwise.moments import Moments
 from normwise.plan import Plan
@@ -41,7 +31,7 @@ _REMEMBERED = Given(remembers=True)
 class Ready(NamedTuple):
     """What is known of a call that every check has let pass, for those that follow."""
 
-    kernel: Kernel
+    kernel: CpuKernel
     call: bytes  # the kernel's, for measured statistics or for given ones
     strides: tuple[int, ...]  # as the kernel reads the input: its own, or contiguous
     plan: Plan
@@ -53,7 +43,7 @@ class Ready(NamedTuple):
 
 
 def made_ready(
-    kernel: Kernel, strides: tuple[int, ...], use: Use | None, *, has_memory: bool, is_copied: bool
+    kernel: CpuKernel, strides: tuple[int, ...], use: Use | None, *, has_memory: bool, is_copied: bool
 ) -> Ready:
     """For inputs that are read with these strides, and have the shape that the kernel was made for."""
     call = kernel.bytes_measured if use is None else kernel.bytes_given
@@ -71,9 +61,9 @@ def rows_of(statistics: Numbers) -> Tensor:
     return torch.frombuffer(statistics, dtype=torch.float64).view(3, -1)
 
 
-def moments_in(kernel: Kernel, statistics: Numbers) -> Moments:
+def moments_in(kernel: CpuKernel, statistics: Numbers) -> Moments:
     """The batch's moments, with a dimension for each of the view's."""
-    return cast("Moments", moments_of(kernel, _REMEMBERED, rows_of(statistics)))
+    return cast("Moments", kernel.moments(_REMEMBERED, rows_of(statistics)))
 
 
 def normalize(ready: Ready, statistics: Numbers, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -83,7 +73,7 @@ def normalize(ready: Ready, statistics: Numbers, x: Tensor, weight: Tensor | Non
         ready: Made for such an input.
         statistics: From `room`. Given ones are inverse, mean and what the inverse was made of.
         x: The input; copied if it does not lie as the kernel reads it.
-        weight: The recovery's, as `cpu.fits` wants it.
+        weight: The recovery's, as `prepared.fits` wants it.
         bias: The recovery's.
     """
     if ready.is_copied:
@@ -241,7 +231,7 @@ _apply: Any = super(torch.autograd.Function, _Short).apply
 _apply_sum: Any = super(torch.autograd.Function, _ShortSum).apply
 
 
-def _recalled(kernel: Kernel, statistics: Numbers) -> Recalled:
+def _recalled(kernel: CpuKernel, statistics: Numbers) -> Recalled:
     """Given statistics as they were remembered."""
     _, mean, spread = rows_of(statistics).float()
     kept = (mean, spread) if kernel.centers else (spread,)

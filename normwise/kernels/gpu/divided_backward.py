@@ -1,0 +1,220 @@
+"""The backward for columns that no program holds: see divided.py."""
+
+# mypy: ignore-errors
+# A kernel's arguments are what Triton makes of them; neither it nor its compiler reads annotations.
+
+import triton
+from triton import language as tl
+
+from normwise.kernels.gpu.divided import (
+    is_last,
+    tell,
+    ticket,
+    tiles_of,
+    wait,
+)
+from normwise.kernels.gpu.tile import (
+    COUNT,
+    add_up,
+    column_sum,
+    counted,
+    keep_row,
+    kept_line,
+    kept_row,
+    parameters,
+    positions,
+    recovered_gradient,
+    sizes,
+    slot_of,
+    store_gradient,
+    through_statistics,
+)
+
+TOTAL, ALONG = tl.constexpr(0), tl.constexpr(1)  # the rows of a column's sums of gradients
+
+
+@triton.jit
+def backward(
+    t,
+    shape,
+    weights,
+    valid,
+    division,
+    eps,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    PARTS: tl.constexpr,
+    NORMALIZER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    IS_GIVEN: tl.constexpr,
+    IS_MEASURED: tl.constexpr,
+):
+    """Sum the gradients of a part of a block of columns, or write those of x for `division.loop` blocks.
+
+    Where no gradient comes back through statistics (not `IS_MEASURED`), nothing is summed, and nobody waits.
+    """
+    _, k1, _ = sizes(shape)
+    k_blocks = tl.cdiv(k1, K)
+    if IS_MEASURED:
+        measures, group, within, part = ticket(t.counters, division.per_group, division.parts)
+        if measures:
+            block = group * division.per_group + within
+            if block < shape.k0 * k_blocks:
+                a, first_k = block // k_blocks, block % k_blocks * K
+                sum_part(t, shape, weights, valid, division, a, first_k, part, eps, R, K, S, ACTIVATION, IS_GIVEN)
+                if is_last(t.counters, block, division.parts):
+                    sum_parts(t, shape, division, a, first_k, K, PARTS)
+                    tell(t.counters, block)
+        else:
+            block = group * division.per_group + within * division.loop
+            if (group >= 0) & (within * division.loop < division.per_group) & (block < shape.k0 * k_blocks):
+                for turn in range(division.loop):
+                    if block + turn < shape.k0 * k_blocks:
+                        wait(t.counters, block + turn)
+                a, k_block = block // k_blocks, block % k_blocks
+                differentiate_part(
+                    t,
+                    shape,
+                    weights,
+                    valid,
+                    division,
+                    a,
+                    k_block,
+                    part,
+                    eps,
+                    R,
+                    K,
+                    S,
+                    NORMALIZER,
+                    ACTIVATION,
+                    IS_GIVEN,
+                    True,
+                )
+    else:
+        program = tl.program_id(0).to(tl.int64)
+        block, part = program // division.parts * division.loop, program % division.parts
+        differentiate_part(
+            t,
+            shape,
+            weights,
+            valid,
+            division,
+            block // k_blocks,
+            block % k_blocks,
+            part,
+            eps,
+            R,
+            K,
+            S,
+            NORMALIZER,
+            ACTIVATION,
+            IS_GIVEN,
+            False,
+        )
+
+
+@triton.jit
+def sum_part(
+    t,
+    shape,
+    weights,
+    valid,
+    division,
+    a,
+    first_k,
+    part,
+    eps,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    IS_GIVEN: tl.constexpr,
+):
+    """The sums of a part's gradients of values, alone and times the values."""
+    r0, k1, r1 = sizes(shape)
+    first, last, beside = tiles_of(shape, division, part, R, S)
+    _, k, _ = positions(0, first_k, 0, 1, K, 1)
+    has_k = k < k1
+    line = kept_line(t.statistics, shape.columns, a * k1 + k, has_k, eps, IS_GIVEN)
+    total, along = tl.zeros((R, K, S), tl.float32), tl.zeros((R, K, S), tl.float32)
+    for tile in range(first, last):
+        r, k, s = positions(tile // beside * R, first_k, tile % beside * S, R, K, S)
+        has_r, has_s = r < r0, s < r1
+        at = ((a * r0 + r) * k1 + k) * r1 + s
+        inside = counted(t.mask, valid, a, r, k, s, has_r, has_k, has_s)
+        w, b = parameters(t.weight, t.bias, weights, a, r, k, s, has_r, has_k, has_s)
+        v, d = recovered_gradient(t, at, inside, line, w, b, ACTIVATION)
+        total += d * w
+        along += d * w * v
+    columns = shape.columns * division.parts
+    column = (a * k1 + k) * division.parts + part
+    keep_row(t.partial, TOTAL, columns, column, column_sum(total), has_k)
+    keep_row(t.partial, ALONG, columns, column, column_sum(along), has_k)
+
+
+@triton.jit
+def sum_parts(t, shape, division, a, first_k, K: tl.constexpr, PARTS: tl.constexpr):
+    """The sums of a block of columns, from those of all its parts."""
+    _, k1, _ = sizes(shape)
+    _, k, part = positions(0, first_k, 0, 1, K, PARTS)
+    columns = shape.columns * division.parts
+    column = (a * k1 + k) * division.parts + part
+    there = (k < k1) & (part < division.parts)
+    total = column_sum(kept_row(t.partial, TOTAL, columns, column, there, 0.0))
+    along = column_sum(kept_row(t.partial, ALONG, columns, column, there, 0.0))
+    keep_row(t.sums, TOTAL, shape.columns, a * k1 + k, total, k < k1)
+    keep_row(t.sums, ALONG, shape.columns, a * k1 + k, along, k < k1)
+
+
+@triton.jit
+def differentiate_part(
+    t,
+    shape,
+    weights,
+    valid,
+    division,
+    a,
+    k_block,
+    part,
+    eps,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    NORMALIZER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    IS_GIVEN: tl.constexpr,
+    IS_MEASURED: tl.constexpr,
+):
+    """Write a part of the gradient of x, tile by tile, for `division.loop` blocks, and its sums for the parameters."""
+    r0, k1, r1 = sizes(shape)
+    first, last, beside = tiles_of(shape, division, part, R, S)
+    slots = tl.cdiv(tl.cdiv(k1, K), division.loop)
+    for tile in range(first, last):
+        r, k, s = positions(tile // beside * R, k_block * K, tile % beside * S, R, K, S)
+        has_r, has_s = r < r0, s < r1
+        of_weight, of_bias = tl.zeros((R, K, S), tl.float32), tl.zeros((R, K, S), tl.float32)
+        for turn in range(division.loop):
+            k_now = k + turn * K
+            has_k = k_now < k1
+            at = ((a * r0 + r) * k1 + k_now) * r1 + s
+            column = a * k1 + k_now
+            inside = counted(t.mask, valid, a, r, k_now, s, has_r, has_k, has_s)
+            line = kept_line(t.statistics, shape.columns, column, has_k, eps, IS_GIVEN)
+            w, b = parameters(t.weight, t.bias, weights, a, r, k_now, s, has_r, has_k, has_s)
+            v, d = recovered_gradient(t, at, inside, line, w, b, ACTIVATION)
+            of_weight += d * v
+            of_bias += d
+            if t.d_x is not None:
+                d = d * w
+                if IS_MEASURED:
+                    total = kept_row(t.sums, TOTAL, shape.columns, column, has_k, 0.0)
+                    along = kept_row(t.sums, ALONG, shape.columns, column, has_k, 0.0)
+                    count = kept_row(t.statistics, COUNT, shape.columns, column, has_k, 1.0)
+                    d = d - through_statistics(v, total, along, tl.maximum(count, 1.0), NORMALIZER)
+                store_gradient(t, at, d, line, inside, has_r & has_k & has_s)
+        slot = slot_of(
+            weights, a, k_block // division.loop, slots, tile // beside, tl.cdiv(r0, R), tile % beside, beside
+        )
+        add_up(t.d_weight, of_weight, weights, slot, r, k, s, r0, k1, r1, has_r, k < k1, has_s)
+        add_up(t.d_bias, of_bias, weights, slot, r, k, s, r0, k1, r1, has_r, k < k1, has_s)

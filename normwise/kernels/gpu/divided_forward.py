@@ -1,0 +1,219 @@
+"""The forward for columns that no program holds: see divided.py."""
+
+# mypy: ignore-errors
+# A kernel's arguments are what Triton makes of them; neither it nor its compiler reads annotations.
+
+import triton
+from triton import language as tl
+
+from normwise.kernels.gpu.divided import (
+    is_last,
+    tell,
+    ticket,
+    tiles_of,
+    wait,
+)
+from normwise.kernels.gpu.tile import (
+    COUNT,
+    HIGH,
+    INVERSE,
+    LOW,
+    SCALE,
+    SQUARES,
+    STANDARDIZE,
+    activated,
+    column_sum,
+    counted,
+    deviations,
+    differs,
+    inverse_root,
+    joined,
+    keep_moments,
+    keep_row,
+    kept_line,
+    kept_row,
+    mean_about,
+    parameters,
+    positions,
+    read,
+    sizes,
+    valid_element,
+    values_of,
+    wanted_scale,
+)
+
+
+@triton.jit
+def forward(
+    t,
+    shape,
+    weights,
+    valid,
+    division,
+    eps,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    PARTS: tl.constexpr,
+    NORMALIZER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ENLARGES: tl.constexpr,
+    IS_GIVEN: tl.constexpr,
+):
+    """Measure a part of a block of columns, or normalize it. The first five are of `arguments`.
+
+    With remembered statistics (`IS_GIVEN`) nothing is measured, and nobody waits.
+    """
+    _, k1, _ = sizes(shape)
+    k_blocks = tl.cdiv(k1, K)
+    if IS_GIVEN:
+        program = tl.program_id(0).to(tl.int64)
+        block, part = program // division.parts, program % division.parts
+        normalize_part(
+            t,
+            shape,
+            weights,
+            valid,
+            division,
+            block // k_blocks,
+            block % k_blocks * K,
+            part,
+            eps,
+            R,
+            K,
+            S,
+            ACTIVATION,
+            True,
+        )
+    else:
+        measures, group, within, part = ticket(t.counters, division.per_group, division.parts)
+        block = group * division.per_group + within
+        a, first_k = block // k_blocks, block % k_blocks * K
+        if (group >= 0) & (block < shape.k0 * k_blocks):
+            if measures:
+                measure_part(t, shape, valid, division, a, first_k, part, R, K, S, NORMALIZER == STANDARDIZE, ENLARGES)
+                if is_last(t.counters, block, division.parts):
+                    join_parts(t, shape, division, a, first_k, eps, K, PARTS, NORMALIZER)
+                    tell(t.counters, block)
+            else:
+                wait(t.counters, block)
+                normalize_part(t, shape, weights, valid, division, a, first_k, part, eps, R, K, S, ACTIVATION, False)
+
+
+@triton.jit
+def measure_part(
+    t,
+    shape,
+    valid,
+    division,
+    a,
+    first_k,
+    part,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    CENTERS: tl.constexpr,
+    ENLARGES: tl.constexpr,
+):
+    """The moments of a part, about the mean of its first tile; once more if that needs another scale."""
+    r0, k1, r1 = sizes(shape)
+    first, last, beside = tiles_of(shape, division, part, R, S)
+    scale = tl.full((1, K, 1), 1.0, tl.float32)
+    high, low, moved = scale * 0.0, scale * 0.0, scale * 0.0
+    count = scale * 0.0
+    again = first < last
+    while again:
+        if CENTERS:
+            r, k, s = positions(first // beside * R, first_k, first % beside * S, R, K, S)
+            has_r, has_k, has_s = r < r0, k < k1, s < r1
+            at = ((a * r0 + r) * k1 + k) * r1 + s
+            inside = counted(t.mask, valid, a, r, k, s, has_r, has_k, has_s)
+            x = read(t.x, t.residual, at, inside)
+            here = tl.maximum(column_sum(inside.to(tl.float32)), 1.0)
+            high = mean_about(x * scale, inside, valid_element(x, inside) * scale, here)
+        total, squares = tl.zeros((R, K, S), tl.float32), tl.zeros((R, K, S), tl.float32)
+        count = scale * 0.0
+        for tile in range(first, last):
+            r, k, s = positions(tile // beside * R, first_k, tile % beside * S, R, K, S)
+            has_r, has_k, has_s = r < r0, k < k1, s < r1
+            at = ((a * r0 + r) * k1 + k) * r1 + s
+            inside = counted(t.mask, valid, a, r, k, s, has_r, has_k, has_s)
+            x = read(t.x, t.residual, at, inside)
+            if t.total is not None:
+                here = has_r & has_k & has_s
+                tl.store(t.total + at, read(t.x, t.residual, at, here).to(t.total.dtype.element_ty), mask=here)
+            x = tl.where(inside, x * scale - high, 0.0)
+            total += x
+            squares += x * x
+            count += column_sum(inside.to(tl.float32))
+        least = tl.maximum(count, 1.0)
+        low, moved = deviations(column_sum(total), column_sum(squares), least, CENTERS)
+        wanted = wanted_scale(high, moved, least, scale, ENLARGES)
+        again = differs(wanted, scale)
+        if again:
+            scale = wanted
+    _, k, _ = positions(0, first_k, 0, 1, K, 1)
+    columns = shape.columns * division.parts
+    column = (a * k1 + k) * division.parts + part
+    keep_moments(t.partial, columns, column, k < k1, scale, high, low, moved, count)
+
+
+@triton.jit
+def join_parts(t, shape, division, a, first_k, eps, K: tl.constexpr, PARTS: tl.constexpr, NORMALIZER: tl.constexpr):
+    """The line of a block of columns, from the moments of all its parts."""
+    _, k1, _ = sizes(shape)
+    _, k, part = positions(0, first_k, 0, 1, K, PARTS)
+    columns = shape.columns * division.parts
+    column = (a * k1 + k) * division.parts + part
+    there = (k < k1) & (part < division.parts)
+    scale, high, low, squares, count = joined(
+        kept_row(t.partial, SCALE, columns, column, there, 1.0),
+        kept_row(t.partial, HIGH, columns, column, there, 0.0),
+        kept_row(t.partial, LOW, columns, column, there, 0.0),
+        kept_row(t.partial, SQUARES, columns, column, there, 0.0),
+        kept_row(t.partial, COUNT, columns, column, there, 0.0),
+    )
+    inverse = inverse_root(squares, tl.maximum(count, 1.0), scale, eps, NORMALIZER)
+    keep_moments(t.statistics, shape.columns, a * k1 + k, k < k1, scale, high, low, squares, count)
+    keep_row(t.statistics, INVERSE, shape.columns, a * k1 + k, inverse, k < k1)
+
+
+@triton.jit
+def normalize_part(
+    t,
+    shape,
+    weights,
+    valid,
+    division,
+    a,
+    first_k,
+    part,
+    eps,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    IS_GIVEN: tl.constexpr,
+):
+    """Write a part of the output; of a sum with a residual what was written of it when it was measured is read."""
+    r0, k1, r1 = sizes(shape)
+    first, last, beside = tiles_of(shape, division, part, R, S)
+    _, k, _ = positions(0, first_k, 0, 1, K, 1)
+    has_k = k < k1
+    scale, high, low, inverse = kept_line(t.statistics, shape.columns, a * k1 + k, has_k, eps, IS_GIVEN)
+    for tile in range(first, last):
+        r, k, s = positions(tile // beside * R, first_k, tile % beside * S, R, K, S)
+        has_r, has_s = r < r0, s < r1
+        at = ((a * r0 + r) * k1 + k) * r1 + s
+        here = has_r & has_k & has_s
+        inside = counted(t.mask, valid, a, r, k, s, has_r, has_k, has_s)
+        if t.total is None:
+            x = read(t.x, None, at, inside)
+        elif IS_GIVEN:
+            x = read(t.x, t.residual, at, inside)
+            tl.store(t.total + at, read(t.x, t.residual, at, here).to(t.total.dtype.element_ty), mask=here)
+        else:
+            x = read(t.total, None, at, inside)
+        w, b = parameters(t.weight, t.bias, weights, a, r, k, s, has_r, has_k, has_s)
+        y = activated(values_of(x, scale, high, low, inverse) * w + b, ACTIVATION)
+        tl.store(t.y + at, tl.where(inside, y, 0.0).to(t.y.dtype.element_ty), mask=here)

@@ -1,0 +1,252 @@
+"""The kernels for GPUs: how a prepared call reaches them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from normwise.kernels.choose import NORMALIZERS
+from normwise.kernels.geometry import Geometry
+from normwise.kernels.gpu import divided_backward, divided_forward, launch, resident
+from normwise.kernels.gpu.arguments import (
+    BackwardTensors,
+    Division,
+    ForwardTensors,
+    Places,
+    mask_places,
+    parameter_places,
+    shape_of,
+)
+from normwise.kernels.gpu.launch import Device, Grid, Layout, grid_of, layout_of, power_of_two, sums_shape, view_of
+from normwise.kernels.prepared import (
+    Forward,
+    Given,
+    Gradients,
+    Inputs,
+    Kernel,
+    Saved,
+    in_order,
+    lying,
+    mask_bytes,
+    shaped,
+    strides_of,
+)
+from normwise.kernels.reference import Recalled, Steps
+from normwise.moments import Moments
+from normwise.plan import Over
+from normwise.pointwise import FUNCTIONS
+
+_ACTIVATIONS = (None, *FUNCTIONS)  # in the order of tile.py
+_INTERPRETED = Device(processors=2, cache=2**16)  # as small as the tensors that one interprets kernels on
+_ROWS, _ROWS_OF_PARTS = 6, 5  # of a column's numbers
+
+
+class GpuKernel(Kernel):
+    """A view, its layouts, and what the compiler is told.
+
+    The statistics of a call are (6, columns) in float32, the rows of tile.py; remembered ones (2, columns), mean and
+    spread.
+    """
+
+    on_cpu: ClassVar[bool] = knobs.runtime.interpret
+    __slots__ = ("activation", "layouts", "normalizer", "places", "samples", "shape", "view")
+
+    def __init__(self, steps: Steps, geometry: Geometry, over: Over, dtype: torch.dtype) -> None:
+        super().__init__(steps, geometry, over, dtype)
+        self.view = view_of(geometry)
+        self.shape, self.places = shape_of(self.view), parameter_places(self.view)
+        _, r0, _, r1 = self.view.sizes
+        self.samples = float(r0 * r1)
+        self.layouts = tuple(layout_of(r0, r1, launch.LIMITS, backward=backward) for backward in (False, True))
+        self.normalizer = NORMALIZERS.index(type(steps.normalizer))
+        self.activation = _ACTIVATIONS.index(steps.activation)
+
+    def forward(self, given: Given, inputs: Inputs) -> Forward:
+        """Run the kernel, without autograd."""
+        x, residual, weight, bias = inputs
+        output = torch.empty_like(x)
+        total = None if residual is None else torch.empty_like(x)
+        read_weight, read_bias = self._read(weight), self._read(bias, offset=False)
+        mask = None if given.valid is None else mask_bytes(self, given.valid)
+        statistics = (
+            x.new_empty((_ROWS, self.columns), dtype=torch.float32)
+            if given.recalled is None
+            else self._recalled(given.recalled)
+        )
+        tensors = ForwardTensors(x, residual, total, output, read_weight, read_bias, mask, statistics)
+        layout = self.layouts[0]
+        grid = self._grid(x, layout, adds_up=False)
+        with _current(x):
+            if given.recalled is None and layout.is_resident:
+                self._launch(
+                    resident.forward,
+                    grid.blocks,
+                    layout,
+                    (tensors, self.shape, self.places, self._mask_places(mask), self.samples, self.eps),
+                    ENLARGES=self.eps == 0,
+                )
+            else:
+                self._launch_divided_forward(tensors, layout, grid, is_given=given.recalled is not None)
+        return Forward(output, total, statistics, weight, bias, mask)
+
+    def _launch_divided_forward(self, tensors: ForwardTensors, layout: Layout, grid: Grid, *, is_given: bool) -> None:
+        programs = grid.blocks * layout.parts
+        if not is_given:
+            programs = grid.tickets(layout.parts)
+            tensors = tensors._replace(
+                partial=tensors.statistics.new_empty((_ROWS_OF_PARTS, self.columns, layout.parts)),
+                counters=_counters(tensors.x, grid),
+            )
+        self._launch(
+            divided_forward.forward,
+            programs,
+            layout,
+            (
+                tensors,
+                self.shape,
+                self.places,
+                self._mask_places(tensors.mask),
+                Division(layout.tiles, layout.parts, grid.per_group, 1),
+                self.eps,
+            ),
+            PARTS=power_of_two(layout.parts),
+            ENLARGES=self.eps == 0,
+            IS_GIVEN=is_given,
+        )
+
+    def backward(
+        self, given: Given, saved: Saved, d_output: Tensor, d_total: Tensor | None, wanted: tuple[bool, ...]
+    ) -> Gradients:
+        """Those gradients of input, weight and bias that are wanted."""
+        x, weight, bias, statistics = saved
+        strides = x.stride()
+        mask = None if given.valid is None else mask_bytes(self, given.valid)
+        layout = self.layouts[1]
+        grid = self._grid(x, layout, adds_up=wanted[1] or wanted[2])
+        tensors = BackwardTensors(
+            x,
+            lying(d_output, strides, x.dtype),
+            None if d_total is None else lying(d_total, strides, x.dtype),
+            torch.empty_like(x) if wanted[0] else None,
+            self._read(weight),
+            self._read(bias, offset=False),
+            mask,
+            statistics,
+            self._sums(x, layout, grid) if wanted[1] else None,
+            self._sums(x, layout, grid) if wanted[2] else None,
+        )
+        is_given = given.recalled is not None
+        with _current(x):
+            if not is_given and layout.is_resident:
+                programs = grid.k0 * grid.slots
+                arguments = (tensors, self.shape, self.places, self._mask_places(mask), grid.loop)
+                self._launch(resident.backward, programs, layout, arguments)
+            else:
+                self._launch_divided_backward(tensors, layout, grid, is_given=is_given)
+        return tensors.d_x, self._summed(tensors.d_weight, weight), self._summed(tensors.d_bias, bias)
+
+    def _launch_divided_backward(self, tensors: BackwardTensors, layout: Layout, grid: Grid, *, is_given: bool) -> None:
+        is_measured = not is_given and tensors.d_x is not None
+        programs = grid.k0 * grid.slots * layout.parts
+        if is_measured:
+            programs = grid.tickets(layout.parts)
+            tensors = tensors._replace(
+                partial=tensors.statistics.new_empty((2, self.columns, layout.parts)),
+                sums=tensors.statistics.new_empty((2, self.columns)),
+                counters=_counters(tensors.x, grid),
+            )
+        self._launch(
+            divided_backward.backward,
+            programs,
+            layout,
+            (
+                tensors,
+                self.shape,
+                self.places,
+                self._mask_places(tensors.mask),
+                Division(layout.tiles, layout.parts, grid.per_group, grid.loop),
+                self.eps,
+            ),
+            PARTS=power_of_two(layout.parts),
+            IS_GIVEN=is_given,
+            IS_MEASURED=is_measured,
+        )
+
+    def moments(self, given: Given, statistics: Tensor) -> Moments | None:
+        """The batch's moments, with a dimension for each of the view's, if they are wanted."""
+        if not given.remembers:
+            return None
+        scale, high, low, squares, count, _ = statistics.double()
+        m2 = shaped(self, squares / scale / scale)
+        mean = shaped(self, (high + low) / scale)
+        return Moments(self.steps.plan.rows if given.valid is None else shaped(self, count), mean, m2)
+
+    def _launch(self, kernel: Any, programs: int, layout: Layout, arguments: tuple[Any, ...], **told: Any) -> None:
+        tile = layout.tile
+        kernel[(programs,)](
+            *arguments,
+            R=tile.r,
+            K=tile.k,
+            S=tile.s,
+            NORMALIZER=self.normalizer,
+            ACTIVATION=self.activation,
+            num_warps=layout.warps,
+            **told,
+        )
+
+    def _grid(self, x: Tensor, layout: Layout, *, adds_up: bool) -> Grid:
+        return grid_of(self.view, layout, _device(x.device), x.element_size(), launch.LIMITS, adds_up=adds_up)
+
+    def _sums(self, x: Tensor, layout: Layout, grid: Grid) -> Tensor:
+        return x.new_empty(sums_shape(self.view, layout, grid), dtype=torch.float32)
+
+    def _summed(self, sums: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+        """The gradient of a parameter, from what tiles left of it."""
+        if sums is None or parameter is None:
+            return None
+        weights = self.view.weights
+        k0, slots, r, k, s = sums.shape
+        by_period = sums.view(k0 // weights.period_k0, weights.period_k0, slots, r, -1, min(weights.period_k1, k), s)
+        strides = weights.k0, weights.r0, weights.k1, weights.r1
+        order = sorted(range(4), key=lambda axis: -strides[axis])
+        summed = by_period.sum((0, 2, 4)).permute(order).reshape(parameter.shape)
+        return summed.to(parameter.dtype)
+
+    def _read(self, parameter: Tensor | None, *, offset: bool = True) -> Tensor | None:
+        """A parameter as the kernels read it: contiguous, of any dtype."""
+        if parameter is None:
+            return None
+        parameter = parameter.detach()
+        return (parameter.float() + self.offset if offset and self.offset else parameter).contiguous()
+
+    def _recalled(self, recalled: Recalled) -> Tensor:
+        """Remembered statistics as the kernels read them: mean and spread of each column."""
+        *mean, spread = recalled.statistics
+        return in_order(self, torch.stack([*mean, spread] if mean else [spread * 0, spread]).float()).contiguous()
+
+    def _mask_places(self, mask: Tensor | None) -> Places:
+        sizes = (1, 1, 1, 1) if mask is None else mask.shape
+        return mask_places(self.view, strides_of(sizes))  # type: ignore[arg-type]  # four
+
+
+def _counters(x: Tensor, grid: Grid) -> Tensor:
+    """The next ticket, and for each block how many of its parts are done, and whether they are joined."""
+    return torch.zeros(1 + 2 * grid.blocks, dtype=torch.int32, device=x.device)
+
+
+def _current(x: Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's device the current one, which Triton launches on."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@lru_cache
+def _device(device: torch.device) -> Device:
+    if device.type != "cuda":
+        return _INTERPRETED
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.multi_processor_count, properties.L2_cache_size)
