@@ -1,4 +1,9 @@
-"""What the kernels are given, as named tuples: Triton passes them on as they are."""
+"""What the kernels are given, as named tuples: Triton passes them on as they are.
+
+Triton compiles anew where a number in a tuple becomes 1, or a multiple of 16. So sizes are no part of one: another size
+of a batch compiles nothing. What the compiler should know is a `constexpr`: which sizes and strides are 1, and what
+divides the size of the innermost axis.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +14,14 @@ from triton import language as tl
 
 from normwise.kernels.gpu.launch import View, unit
 
+_ENDLESS = 2**62  # a period that ends nowhere
 
-class Shape(NamedTuple):
-    """Sizes: k1 = k1 * unit_k and r1 = r1 * unit_s, so that the compiler knows what divides them."""
 
-    k0: int
-    r0: int
-    k1: int
-    r1: int
-    columns: int
+class Known(NamedTuple):
+    """What the compiler is told of k0, r0, k1, r1, of which the innermost, r1 or otherwise k1, is given in units."""
+
+    has_r: tl.constexpr  # whether r0 is not 1
+    has_s: tl.constexpr
     unit_k: tl.constexpr
     unit_s: tl.constexpr
 
@@ -34,15 +38,6 @@ class Places(NamedTuple):
     along_r: tl.constexpr
     along_k: tl.constexpr
     along_s: tl.constexpr
-
-
-class Division(NamedTuple):
-    """How columns that no program holds are divided: see `launch.Layout` and `launch.Grid`."""
-
-    tiles: int
-    parts: int
-    per_group: int
-    loop: int
 
 
 class ForwardTensors(NamedTuple):
@@ -78,11 +73,12 @@ class BackwardTensors(NamedTuple):
     counters: Tensor | None = None
 
 
-def shape_of(view: View) -> Shape:
-    """The sizes of a view."""
+def sizes_of(view: View) -> tuple[Known, int, int, int, int]:
+    """What is known of a view's sizes, and the sizes."""
     k0, r0, k1, r1 = view.sizes
-    unit_k, unit_s = unit(k1), unit(r1)
-    return Shape(k0, r0, k1 // unit_k, r1 // unit_s, k0 * k1, tl.constexpr(unit_k), tl.constexpr(unit_s))
+    unit_k, unit_s = unit(k1) if r1 == 1 else 1, unit(r1)
+    known = Known(*(tl.constexpr(number) for number in (r0 != 1, r1 != 1, unit_k, unit_s)))
+    return known, k0, r0, k1 // unit_k, r1 // unit_s
 
 
 def parameter_places(view: View) -> Places:
@@ -93,13 +89,17 @@ def parameter_places(view: View) -> Places:
 
 def mask_places(view: View, strides: tuple[int, ...]) -> Places:
     """Where the bytes of a mask lie, from its strides in the geometry's four groups."""
-    k0, _, k1, _ = view.sizes
     a, r, k, s = strides
-    if k0 == 1 and k == 0:  # the view numbers columns by k
+    if view.sizes[0] == 1 and k == 0:  # the view numbers columns by k
         a, k = 0, a
-    return _places(k0, k1, a, r, k, s)
+    return _places(_ENDLESS, _ENDLESS, a, r, k, s)
 
 
 def _places(period_a: int, period_k: int, a: int, r: int, k: int, s: int) -> Places:
     along: list[Any] = [tl.constexpr(stride != 0) for stride in (r, k, s)]
-    return Places(period_a, period_k, a, r, k, s, *along)
+    return Places(period_a, period_k, a, _known(r), _known(k), _known(s), *along)
+
+
+def _known(number: int) -> Any:
+    """A number that the compiler is told if it is 1."""
+    return tl.constexpr(1) if number == 1 else number

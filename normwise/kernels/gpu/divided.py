@@ -15,10 +15,6 @@ In the backward it is the same with sums of gradients for moments.
 import triton
 from triton import language as tl
 
-from normwise.kernels.gpu.tile import (
-    sizes,
-)
-
 
 @triton.jit
 def ticket(counters, per_group, parts):
@@ -52,9 +48,9 @@ def wait(counters, block):
 
 
 @triton.jit
-def tiles_of(shape, division, part, R: tl.constexpr, S: tl.constexpr):
+def tiles_of(shape, tiles, part, R: tl.constexpr, S: tl.constexpr):
     """The first and last tile of a part, and how many there are side by side."""
-    r0, _, r1 = sizes(shape)
+    _, r0, _, r1 = shape
     beside = tl.cdiv(r1, S)
-    first = part * division.tiles
-    return first, tl.minimum(first + division.tiles, tl.cdiv(r0, R) * beside), beside
+    first = part * tiles
+    return first, tl.minimum(first + tiles, tl.cdiv(r0, R) * beside), beside

@@ -17,6 +17,7 @@ from normwise.kernels.gpu.tile import (
     COUNT,
     add_up,
     column_sum,
+    columns_of,
     counted,
     keep_row,
     kept_line,
@@ -33,13 +34,20 @@ from normwise.kernels.gpu.tile import (
 TOTAL, ALONG = tl.constexpr(0), tl.constexpr(1)  # the rows of a column's sums of gradients
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k0", "r0", "k1", "r1", "tiles", "parts", "per_group", "loop"])
 def backward(
     t,
-    shape,
+    known,
     weights,
     valid,
-    division,
+    k0,
+    r0,
+    k1,
+    r1,
+    tiles,
+    parts,
+    per_group,
+    loop,
     eps,
     R: tl.constexpr,
     K: tl.constexpr,
@@ -50,27 +58,27 @@ def backward(
     IS_GIVEN: tl.constexpr,
     IS_MEASURED: tl.constexpr,
 ):
-    """Sum the gradients of a part of a block of columns, or write those of x for `division.loop` blocks.
+    """Sum the gradients of a part of a block of columns, or write those of x for `loop` blocks.
 
     Where no gradient comes back through statistics (not `IS_MEASURED`), nothing is summed, and nobody waits.
     """
-    _, k1, _ = sizes(shape)
-    k_blocks = tl.cdiv(k1, K)
+    shape = sizes(known, k0, r0, k1, r1)
+    k_blocks = tl.cdiv(shape[2], K)
     if IS_MEASURED:
-        measures, group, within, part = ticket(t.counters, division.per_group, division.parts)
+        measures, group, within, part = ticket(t.counters, per_group, parts)
         if measures:
-            block = group * division.per_group + within
-            if block < shape.k0 * k_blocks:
+            block = group * per_group + within
+            if block < shape[0] * k_blocks:
                 a, first_k = block // k_blocks, block % k_blocks * K
-                sum_part(t, shape, weights, valid, division, a, first_k, part, eps, R, K, S, ACTIVATION, IS_GIVEN)
-                if is_last(t.counters, block, division.parts):
-                    sum_parts(t, shape, division, a, first_k, K, PARTS)
+                sum_part(t, shape, weights, valid, tiles, parts, a, first_k, part, eps, R, K, S, ACTIVATION, IS_GIVEN)
+                if is_last(t.counters, block, parts):
+                    sum_parts(t, shape, parts, a, first_k, K, PARTS)
                     tell(t.counters, block)
         else:
-            block = group * division.per_group + within * division.loop
-            if (group >= 0) & (within * division.loop < division.per_group) & (block < shape.k0 * k_blocks):
-                for turn in range(division.loop):
-                    if block + turn < shape.k0 * k_blocks:
+            block = group * per_group + within * loop
+            if (group >= 0) & (within * loop < per_group) & (block < shape[0] * k_blocks):
+                for turn in range(loop):
+                    if block + turn < shape[0] * k_blocks:
                         wait(t.counters, block + turn)
                 a, k_block = block // k_blocks, block % k_blocks
                 differentiate_part(
@@ -78,7 +86,8 @@ def backward(
                     shape,
                     weights,
                     valid,
-                    division,
+                    tiles,
+                    loop,
                     a,
                     k_block,
                     part,
@@ -93,13 +102,14 @@ def backward(
                 )
     else:
         program = tl.program_id(0).to(tl.int64)
-        block, part = program // division.parts * division.loop, program % division.parts
+        block, part = program // parts * loop, program % parts
         differentiate_part(
             t,
             shape,
             weights,
             valid,
-            division,
+            tiles,
+            loop,
             block // k_blocks,
             block % k_blocks,
             part,
@@ -120,7 +130,8 @@ def sum_part(
     shape,
     weights,
     valid,
-    division,
+    tiles,
+    parts,
     a,
     first_k,
     part,
@@ -132,11 +143,11 @@ def sum_part(
     IS_GIVEN: tl.constexpr,
 ):
     """The sums of a part's gradients of values, alone and times the values."""
-    r0, k1, r1 = sizes(shape)
-    first, last, beside = tiles_of(shape, division, part, R, S)
+    _, r0, k1, r1 = shape
+    first, last, beside = tiles_of(shape, tiles, part, R, S)
     _, k, _ = positions(0, first_k, 0, 1, K, 1)
     has_k = k < k1
-    line = kept_line(t.statistics, shape.columns, a * k1 + k, has_k, eps, IS_GIVEN)
+    line = kept_line(t.statistics, columns_of(shape), a * k1 + k, has_k, eps, IS_GIVEN)
     total, along = tl.zeros((R, K, S), tl.float32), tl.zeros((R, K, S), tl.float32)
     for tile in range(first, last):
         r, k, s = positions(tile // beside * R, first_k, tile % beside * S, R, K, S)
@@ -147,24 +158,24 @@ def sum_part(
         v, d = recovered_gradient(t, at, inside, line, w, b, ACTIVATION)
         total += d * w
         along += d * w * v
-    columns = shape.columns * division.parts
-    column = (a * k1 + k) * division.parts + part
+    columns = columns_of(shape) * parts
+    column = (a * k1 + k) * parts + part
     keep_row(t.partial, TOTAL, columns, column, column_sum(total), has_k)
     keep_row(t.partial, ALONG, columns, column, column_sum(along), has_k)
 
 
 @triton.jit
-def sum_parts(t, shape, division, a, first_k, K: tl.constexpr, PARTS: tl.constexpr):
+def sum_parts(t, shape, parts, a, first_k, K: tl.constexpr, PARTS: tl.constexpr):
     """The sums of a block of columns, from those of all its parts."""
-    _, k1, _ = sizes(shape)
+    k1 = shape[2]
     _, k, part = positions(0, first_k, 0, 1, K, PARTS)
-    columns = shape.columns * division.parts
-    column = (a * k1 + k) * division.parts + part
-    there = (k < k1) & (part < division.parts)
+    columns = columns_of(shape) * parts
+    column = (a * k1 + k) * parts + part
+    there = (k < k1) & (part < parts)
     total = column_sum(kept_row(t.partial, TOTAL, columns, column, there, 0.0))
     along = column_sum(kept_row(t.partial, ALONG, columns, column, there, 0.0))
-    keep_row(t.sums, TOTAL, shape.columns, a * k1 + k, total, k < k1)
-    keep_row(t.sums, ALONG, shape.columns, a * k1 + k, along, k < k1)
+    keep_row(t.sums, TOTAL, columns_of(shape), a * k1 + k, total, k < k1)
+    keep_row(t.sums, ALONG, columns_of(shape), a * k1 + k, along, k < k1)
 
 
 @triton.jit
@@ -173,7 +184,8 @@ def differentiate_part(
     shape,
     weights,
     valid,
-    division,
+    tiles,
+    loop,
     a,
     k_block,
     part,
@@ -186,21 +198,21 @@ def differentiate_part(
     IS_GIVEN: tl.constexpr,
     IS_MEASURED: tl.constexpr,
 ):
-    """Write a part of the gradient of x, tile by tile, for `division.loop` blocks, and its sums for the parameters."""
-    r0, k1, r1 = sizes(shape)
-    first, last, beside = tiles_of(shape, division, part, R, S)
-    slots = tl.cdiv(tl.cdiv(k1, K), division.loop)
+    """Write a part of the gradient of x, tile by tile, for `loop` blocks, and its sums for the parameters."""
+    _, r0, k1, r1 = shape
+    first, last, beside = tiles_of(shape, tiles, part, R, S)
+    slots = tl.cdiv(tl.cdiv(k1, K), loop)
     for tile in range(first, last):
         r, k, s = positions(tile // beside * R, k_block * K, tile % beside * S, R, K, S)
         has_r, has_s = r < r0, s < r1
         of_weight, of_bias = tl.zeros((R, K, S), tl.float32), tl.zeros((R, K, S), tl.float32)
-        for turn in range(division.loop):
+        for turn in range(loop):
             k_now = k + turn * K
             has_k = k_now < k1
             at = ((a * r0 + r) * k1 + k_now) * r1 + s
             column = a * k1 + k_now
             inside = counted(t.mask, valid, a, r, k_now, s, has_r, has_k, has_s)
-            line = kept_line(t.statistics, shape.columns, column, has_k, eps, IS_GIVEN)
+            line = kept_line(t.statistics, columns_of(shape), column, has_k, eps, IS_GIVEN)
             w, b = parameters(t.weight, t.bias, weights, a, r, k_now, s, has_r, has_k, has_s)
             v, d = recovered_gradient(t, at, inside, line, w, b, ACTIVATION)
             of_weight += d * v
@@ -208,13 +220,11 @@ def differentiate_part(
             if t.d_x is not None:
                 d = d * w
                 if IS_MEASURED:
-                    total = kept_row(t.sums, TOTAL, shape.columns, column, has_k, 0.0)
-                    along = kept_row(t.sums, ALONG, shape.columns, column, has_k, 0.0)
-                    count = kept_row(t.statistics, COUNT, shape.columns, column, has_k, 1.0)
+                    total = kept_row(t.sums, TOTAL, columns_of(shape), column, has_k, 0.0)
+                    along = kept_row(t.sums, ALONG, columns_of(shape), column, has_k, 0.0)
+                    count = kept_row(t.statistics, COUNT, columns_of(shape), column, has_k, 1.0)
                     d = d - through_statistics(v, total, along, tl.maximum(count, 1.0), NORMALIZER)
                 store_gradient(t, at, d, line, inside, has_r & has_k & has_s)
-        slot = slot_of(
-            weights, a, k_block // division.loop, slots, tile // beside, tl.cdiv(r0, R), tile % beside, beside
-        )
+        slot = slot_of(weights, a, k_block // loop, slots, tile // beside, tl.cdiv(r0, R), tile % beside, beside)
         add_up(t.d_weight, of_weight, weights, slot, r, k, s, r0, k1, r1, has_r, k < k1, has_s)
         add_up(t.d_bias, of_bias, weights, slot, r, k, s, r0, k1, r1, has_r, k < k1, has_s)

@@ -23,6 +23,7 @@ from normwise.kernels.gpu.tile import (
     STANDARDIZE,
     activated,
     column_sum,
+    columns_of,
     counted,
     deviations,
     differs,
@@ -43,13 +44,19 @@ from normwise.kernels.gpu.tile import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k0", "r0", "k1", "r1", "tiles", "parts", "per_group"])
 def forward(
     t,
-    shape,
+    known,
     weights,
     valid,
-    division,
+    k0,
+    r0,
+    k1,
+    r1,
+    tiles,
+    parts,
+    per_group,
     eps,
     R: tl.constexpr,
     K: tl.constexpr,
@@ -60,21 +67,22 @@ def forward(
     ENLARGES: tl.constexpr,
     IS_GIVEN: tl.constexpr,
 ):
-    """Measure a part of a block of columns, or normalize it. The first five are of `arguments`.
+    """Measure a part of a block of columns, or normalize it. What it is given is made by arguments.py.
 
     With remembered statistics (`IS_GIVEN`) nothing is measured, and nobody waits.
     """
-    _, k1, _ = sizes(shape)
-    k_blocks = tl.cdiv(k1, K)
+    shape = sizes(known, k0, r0, k1, r1)
+    k_blocks = tl.cdiv(shape[2], K)
     if IS_GIVEN:
         program = tl.program_id(0).to(tl.int64)
-        block, part = program // division.parts, program % division.parts
+        block, part = program // parts, program % parts
         normalize_part(
             t,
             shape,
             weights,
             valid,
-            division,
+            tiles,
+            parts,
             block // k_blocks,
             block % k_blocks * K,
             part,
@@ -86,18 +94,22 @@ def forward(
             True,
         )
     else:
-        measures, group, within, part = ticket(t.counters, division.per_group, division.parts)
-        block = group * division.per_group + within
+        measures, group, within, part = ticket(t.counters, per_group, parts)
+        block = group * per_group + within
         a, first_k = block // k_blocks, block % k_blocks * K
-        if (group >= 0) & (block < shape.k0 * k_blocks):
+        if (group >= 0) & (block < shape[0] * k_blocks):
             if measures:
-                measure_part(t, shape, valid, division, a, first_k, part, R, K, S, NORMALIZER == STANDARDIZE, ENLARGES)
-                if is_last(t.counters, block, division.parts):
-                    join_parts(t, shape, division, a, first_k, eps, K, PARTS, NORMALIZER)
+                measure_part(
+                    t, shape, valid, tiles, parts, a, first_k, part, R, K, S, NORMALIZER == STANDARDIZE, ENLARGES
+                )
+                if is_last(t.counters, block, parts):
+                    join_parts(t, shape, parts, a, first_k, eps, K, PARTS, NORMALIZER)
                     tell(t.counters, block)
             else:
                 wait(t.counters, block)
-                normalize_part(t, shape, weights, valid, division, a, first_k, part, eps, R, K, S, ACTIVATION, False)
+                normalize_part(
+                    t, shape, weights, valid, tiles, parts, a, first_k, part, eps, R, K, S, ACTIVATION, False
+                )
 
 
 @triton.jit
@@ -105,7 +117,8 @@ def measure_part(
     t,
     shape,
     valid,
-    division,
+    tiles,
+    parts,
     a,
     first_k,
     part,
@@ -116,8 +129,8 @@ def measure_part(
     ENLARGES: tl.constexpr,
 ):
     """The moments of a part, about the mean of its first tile; once more if that needs another scale."""
-    r0, k1, r1 = sizes(shape)
-    first, last, beside = tiles_of(shape, division, part, R, S)
+    _, r0, k1, r1 = shape
+    first, last, beside = tiles_of(shape, tiles, part, R, S)
     scale = tl.full((1, K, 1), 1.0, tl.float32)
     high, low, moved = scale * 0.0, scale * 0.0, scale * 0.0
     count = scale * 0.0
@@ -153,19 +166,19 @@ def measure_part(
         if again:
             scale = wanted
     _, k, _ = positions(0, first_k, 0, 1, K, 1)
-    columns = shape.columns * division.parts
-    column = (a * k1 + k) * division.parts + part
+    columns = columns_of(shape) * parts
+    column = (a * k1 + k) * parts + part
     keep_moments(t.partial, columns, column, k < k1, scale, high, low, moved, count)
 
 
 @triton.jit
-def join_parts(t, shape, division, a, first_k, eps, K: tl.constexpr, PARTS: tl.constexpr, NORMALIZER: tl.constexpr):
+def join_parts(t, shape, parts, a, first_k, eps, K: tl.constexpr, PARTS: tl.constexpr, NORMALIZER: tl.constexpr):
     """The line of a block of columns, from the moments of all its parts."""
-    _, k1, _ = sizes(shape)
+    k1 = shape[2]
     _, k, part = positions(0, first_k, 0, 1, K, PARTS)
-    columns = shape.columns * division.parts
-    column = (a * k1 + k) * division.parts + part
-    there = (k < k1) & (part < division.parts)
+    columns = columns_of(shape) * parts
+    column = (a * k1 + k) * parts + part
+    there = (k < k1) & (part < parts)
     scale, high, low, squares, count = joined(
         kept_row(t.partial, SCALE, columns, column, there, 1.0),
         kept_row(t.partial, HIGH, columns, column, there, 0.0),
@@ -174,8 +187,8 @@ def join_parts(t, shape, division, a, first_k, eps, K: tl.constexpr, PARTS: tl.c
         kept_row(t.partial, COUNT, columns, column, there, 0.0),
     )
     inverse = inverse_root(squares, tl.maximum(count, 1.0), scale, eps, NORMALIZER)
-    keep_moments(t.statistics, shape.columns, a * k1 + k, k < k1, scale, high, low, squares, count)
-    keep_row(t.statistics, INVERSE, shape.columns, a * k1 + k, inverse, k < k1)
+    keep_moments(t.statistics, columns_of(shape), a * k1 + k, k < k1, scale, high, low, squares, count)
+    keep_row(t.statistics, INVERSE, columns_of(shape), a * k1 + k, inverse, k < k1)
 
 
 @triton.jit
@@ -184,7 +197,8 @@ def normalize_part(
     shape,
     weights,
     valid,
-    division,
+    tiles,
+    parts,
     a,
     first_k,
     part,
@@ -196,11 +210,11 @@ def normalize_part(
     IS_GIVEN: tl.constexpr,
 ):
     """Write a part of the output; of a sum with a residual what was written of it when it was measured is read."""
-    r0, k1, r1 = sizes(shape)
-    first, last, beside = tiles_of(shape, division, part, R, S)
+    _, r0, k1, r1 = shape
+    first, last, beside = tiles_of(shape, tiles, part, R, S)
     _, k, _ = positions(0, first_k, 0, 1, K, 1)
     has_k = k < k1
-    scale, high, low, inverse = kept_line(t.statistics, shape.columns, a * k1 + k, has_k, eps, IS_GIVEN)
+    scale, high, low, inverse = kept_line(t.statistics, columns_of(shape), a * k1 + k, has_k, eps, IS_GIVEN)
     for tile in range(first, last):
         r, k, s = positions(tile // beside * R, first_k, tile % beside * S, R, K, S)
         has_r, has_s = r < r0, s < r1

@@ -15,12 +15,11 @@ from normwise.kernels.geometry import Geometry
 from normwise.kernels.gpu import divided_backward, divided_forward, launch, resident
 from normwise.kernels.gpu.arguments import (
     BackwardTensors,
-    Division,
     ForwardTensors,
     Places,
     mask_places,
     parameter_places,
-    shape_of,
+    sizes_of,
 )
 from normwise.kernels.gpu.launch import Device, Grid, Layout, grid_of, layout_of, power_of_two, sums_shape, view_of
 from normwise.kernels.prepared import (
@@ -54,12 +53,13 @@ class GpuKernel(Kernel):
     """
 
     on_cpu: ClassVar[bool] = knobs.runtime.interpret
-    __slots__ = ("activation", "layouts", "normalizer", "places", "samples", "shape", "view")
+    __slots__ = ("activation", "known", "layouts", "normalizer", "places", "samples", "sizes", "view")
 
     def __init__(self, steps: Steps, geometry: Geometry, over: Over, dtype: torch.dtype) -> None:
         super().__init__(steps, geometry, over, dtype)
         self.view = view_of(geometry)
-        self.shape, self.places = shape_of(self.view), parameter_places(self.view)
+        self.known, *self.sizes = sizes_of(self.view)
+        self.places = parameter_places(self.view)
         _, r0, _, r1 = self.view.sizes
         self.samples = float(r0 * r1)
         self.layouts = tuple(layout_of(r0, r1, launch.LIMITS, backward=backward) for backward in (False, True))
@@ -87,7 +87,7 @@ class GpuKernel(Kernel):
                     resident.forward,
                     grid.blocks,
                     layout,
-                    (tensors, self.shape, self.places, self._mask_places(mask), self.samples, self.eps),
+                    (tensors, self.known, self.places, self._mask_places(mask), *self.sizes, self.samples, self.eps),
                     ENLARGES=self.eps == 0,
                 )
             else:
@@ -108,10 +108,13 @@ class GpuKernel(Kernel):
             layout,
             (
                 tensors,
-                self.shape,
+                self.known,
                 self.places,
                 self._mask_places(tensors.mask),
-                Division(layout.tiles, layout.parts, grid.per_group, 1),
+                *self.sizes,
+                layout.tiles,
+                layout.parts,
+                grid.per_group,
                 self.eps,
             ),
             PARTS=power_of_two(layout.parts),
@@ -144,7 +147,7 @@ class GpuKernel(Kernel):
         with _current(x):
             if not is_given and layout.is_resident:
                 programs = grid.k0 * grid.slots
-                arguments = (tensors, self.shape, self.places, self._mask_places(mask), grid.loop)
+                arguments = (tensors, self.known, self.places, self._mask_places(mask), *self.sizes, grid.loop)
                 self._launch(resident.backward, programs, layout, arguments)
             else:
                 self._launch_divided_backward(tensors, layout, grid, is_given=is_given)
@@ -166,10 +169,14 @@ class GpuKernel(Kernel):
             layout,
             (
                 tensors,
-                self.shape,
+                self.known,
                 self.places,
                 self._mask_places(tensors.mask),
-                Division(layout.tiles, layout.parts, grid.per_group, grid.loop),
+                *self.sizes,
+                layout.tiles,
+                layout.parts,
+                grid.per_group,
+                grid.loop,
                 self.eps,
             ),
             PARTS=power_of_two(layout.parts),

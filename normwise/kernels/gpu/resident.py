@@ -40,12 +40,16 @@ from normwise.kernels.gpu.tile import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k0", "r0", "k1", "r1"])
 def forward(
     t,
-    shape,
+    known,
     weights,
     valid,
+    k0,
+    r0,
+    k1,
+    r1,
     samples,
     eps,
     R: tl.constexpr,
@@ -55,8 +59,9 @@ def forward(
     ACTIVATION: tl.constexpr,
     ENLARGES: tl.constexpr,
 ):
-    """Measure and normalize a block of columns. The first four are of `arguments`."""
-    r0, k1, r1 = sizes(shape)
+    """Measure and normalize a block of columns. What it is given is made by arguments.py."""
+    k0, r0, k1, r1 = sizes(known, k0, r0, k1, r1)
+    columns = k0 * k1
     block = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(k1, K)
     a = block // blocks
@@ -85,20 +90,24 @@ def forward(
         scale = wanted
         high, low, squares = measured(x, inside, element, least, scale, CENTERS)
     inverse = inverse_root(squares, least, scale, eps, NORMALIZER)
-    keep_moments(t.statistics, shape.columns, column, has_k, scale, high, low, squares, count)
-    keep_row(t.statistics, INVERSE, shape.columns, column, inverse, has_k)
+    keep_moments(t.statistics, columns, column, has_k, scale, high, low, squares, count)
+    keep_row(t.statistics, INVERSE, columns, column, inverse, has_k)
 
     w, b = parameters(t.weight, t.bias, weights, a, r, k, s, has_r, has_k, has_s)
     y = activated(values_of(x, scale, high, low, inverse) * w + b, ACTIVATION)
     tl.store(t.y + at, tl.where(inside, y, 0.0).to(t.y.dtype.element_ty), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k0", "r0", "k1", "r1", "loop"])
 def backward(
     t,
-    shape,
+    known,
     weights,
     valid,
+    k0,
+    r0,
+    k1,
+    r1,
     loop,
     R: tl.constexpr,
     K: tl.constexpr,
@@ -107,7 +116,8 @@ def backward(
     ACTIVATION: tl.constexpr,
 ):
     """The gradients of `loop` blocks of columns, one after another; 1 where parameters run along k."""
-    r0, k1, r1 = sizes(shape)
+    k0, r0, k1, r1 = sizes(known, k0, r0, k1, r1)
+    columns = k0 * k1
     program = tl.program_id(0).to(tl.int64)
     slots = tl.cdiv(tl.cdiv(k1, K), loop)
     a, slot = program // slots, program % slots
@@ -121,13 +131,13 @@ def backward(
         column = a * k1 + k_now
         here = has_r & has_k & has_s
         inside = counted(t.mask, valid, a, r, k_now, s, has_r, has_k, has_s)
-        line = kept_line(t.statistics, shape.columns, column, has_k, 0.0, False)
+        line = kept_line(t.statistics, columns, column, has_k, 0.0, False)
         w, b = parameters(t.weight, t.bias, weights, a, r, k_now, s, has_r, has_k, has_s)
         v, d = recovered_gradient(t, at, inside, line, w, b, ACTIVATION)
         of_weight += d * v
         of_bias += d
         if t.d_x is not None:
-            count = kept_row(t.statistics, COUNT, shape.columns, column, has_k, 1.0)
+            count = kept_row(t.statistics, COUNT, columns, column, has_k, 1.0)
             d = d * w
             d = d - through_statistics(v, column_sum(d), column_sum(d * v), tl.maximum(count, 1.0), NORMALIZER)
             store_gradient(t, at, d, line, inside, here)

@@ -32,9 +32,18 @@ _TINY = tl.constexpr(2.0**-126)  # the smallest normal float
 
 
 @triton.jit
-def sizes(shape):
-    """r0, k1, r1 of `launch.Shape`, known to the compiler as multiples of its units."""
-    return shape.r0, shape.k1 * shape.unit_k, shape.r1 * shape.unit_s
+def sizes(known, k0, r0, k1, r1):
+    """The shape (k0, r0, k1, r1), of which the compiler knows what `arguments.Known` says."""
+    k0, k1 = k0.to(tl.int64), k1.to(tl.int64) * known.unit_k
+    r0 = r0.to(tl.int64) if known.has_r else 1
+    r1 = r1.to(tl.int64) * known.unit_s if known.has_s else 1
+    return k0, r0, k1, r1
+
+
+@triton.jit
+def columns_of(shape):
+    """How many columns there are."""
+    return shape[0] * shape[2]
 
 
 @triton.jit
