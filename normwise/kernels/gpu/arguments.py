@@ -103,3 +103,6 @@ def _places(period_a: int, period_k: int, a: int, r: int, k: int, s: int) -> Pla
 def _known(number: int) -> Any:
     """A number that the compiler is told if it is 1."""
     return tl.constexpr(1) if number == 1 else number
+
+
+NO_MASK = _places(_ENDLESS, _ENDLESS, 0, 0, 0, 0)

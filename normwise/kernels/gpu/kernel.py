@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -14,9 +15,9 @@ from normwise.kernels.choose import NORMALIZERS
 from normwise.kernels.geometry import Geometry
 from normwise.kernels.gpu import divided_backward, divided_forward, launch, resident
 from normwise.kernels.gpu.arguments import (
+    NO_MASK,
     BackwardTensors,
     ForwardTensors,
-    Places,
     mask_places,
     parameter_places,
     sizes_of,
@@ -42,6 +43,7 @@ from normwise.pointwise import FUNCTIONS
 
 _ACTIVATIONS = (None, *FUNCTIONS)  # in the order of tile.py
 _INTERPRETED = Device(processors=2, cache=2**16)  # as small as the tensors that one interprets kernels on
+_NOTHING: AbstractContextManager[None] = nullcontext()
 _ROWS, _ROWS_OF_PARTS = 6, 5  # of a column's numbers
 
 
@@ -53,7 +55,7 @@ class GpuKernel(Kernel):
     """
 
     on_cpu: ClassVar[bool] = knobs.runtime.interpret
-    __slots__ = ("activation", "known", "layouts", "normalizer", "places", "samples", "sizes", "view")
+    __slots__ = ("activation", "grids", "known", "layouts", "normalizer", "places", "samples", "sizes", "view")
 
     def __init__(self, steps: Steps, geometry: Geometry, over: Over, dtype: torch.dtype) -> None:
         super().__init__(steps, geometry, over, dtype)
@@ -63,6 +65,7 @@ class GpuKernel(Kernel):
         _, r0, _, r1 = self.view.sizes
         self.samples = float(r0 * r1)
         self.layouts = tuple(layout_of(r0, r1, launch.LIMITS, backward=backward) for backward in (False, True))
+        self.grids: dict[tuple[torch.device, Layout, bool], Grid] = {}
         self.normalizer = NORMALIZERS.index(type(steps.normalizer))
         self.activation = _ACTIVATIONS.index(steps.activation)
 
@@ -79,19 +82,13 @@ class GpuKernel(Kernel):
             else self._recalled(given.recalled)
         )
         tensors = ForwardTensors(x, residual, total, output, read_weight, read_bias, mask, statistics)
-        layout = self.layouts[0]
+        layout, is_given = self.layouts[0], given.recalled is not None
         grid = self._grid(x, layout, adds_up=False)
-        with _current(x):
-            if given.recalled is None and layout.is_resident:
-                self._launch(
-                    resident.forward,
-                    grid.blocks,
-                    layout,
-                    (tensors, self.known, self.places, self._mask_places(mask), *self.sizes, self.samples, self.eps),
-                    ENLARGES=self.eps == 0,
-                )
-            else:
-                self._launch_divided_forward(tensors, layout, grid, is_given=given.recalled is not None)
+        if layout.is_resident and not is_given:
+            told = {"ENLARGES": self.eps == 0}
+            self._launch(resident.forward, grid.blocks, layout, tensors, (self.samples, self.eps), told)
+        else:
+            self._launch_divided_forward(tensors, layout, grid, is_given=is_given)
         return Forward(output, total, statistics, weight, bias, mask)
 
     def _launch_divided_forward(self, tensors: ForwardTensors, layout: Layout, grid: Grid, *, is_given: bool) -> None:
@@ -102,25 +99,9 @@ class GpuKernel(Kernel):
                 partial=tensors.statistics.new_empty((_ROWS_OF_PARTS, self.columns, layout.parts)),
                 counters=_counters(tensors.x, grid),
             )
-        self._launch(
-            divided_forward.forward,
-            programs,
-            layout,
-            (
-                tensors,
-                self.known,
-                self.places,
-                self._mask_places(tensors.mask),
-                *self.sizes,
-                layout.tiles,
-                layout.parts,
-                grid.per_group,
-                self.eps,
-            ),
-            PARTS=power_of_two(layout.parts),
-            ENLARGES=self.eps == 0,
-            IS_GIVEN=is_given,
-        )
+        told = {"PARTS": power_of_two(layout.parts), "ENLARGES": self.eps == 0, "IS_GIVEN": is_given}
+        numbers = layout.tiles, layout.parts, grid.per_group, self.eps
+        self._launch(divided_forward.forward, programs, layout, tensors, numbers, told)
 
     def backward(
         self, given: Given, saved: Saved, d_output: Tensor, d_total: Tensor | None, wanted: tuple[bool, ...]
@@ -144,13 +125,10 @@ class GpuKernel(Kernel):
             self._sums(x, layout, grid) if wanted[2] else None,
         )
         is_given = given.recalled is not None
-        with _current(x):
-            if not is_given and layout.is_resident:
-                programs = grid.k0 * grid.slots
-                arguments = (tensors, self.known, self.places, self._mask_places(mask), *self.sizes, grid.loop)
-                self._launch(resident.backward, programs, layout, arguments)
-            else:
-                self._launch_divided_backward(tensors, layout, grid, is_given=is_given)
+        if layout.is_resident and not is_given:
+            self._launch(resident.backward, grid.k0 * grid.slots, layout, tensors, (grid.loop,), {})
+        else:
+            self._launch_divided_backward(tensors, layout, grid, is_given=is_given)
         return tensors.d_x, self._summed(tensors.d_weight, weight), self._summed(tensors.d_bias, bias)
 
     def _launch_divided_backward(self, tensors: BackwardTensors, layout: Layout, grid: Grid, *, is_given: bool) -> None:
@@ -163,26 +141,9 @@ class GpuKernel(Kernel):
                 sums=tensors.statistics.new_empty((2, self.columns)),
                 counters=_counters(tensors.x, grid),
             )
-        self._launch(
-            divided_backward.backward,
-            programs,
-            layout,
-            (
-                tensors,
-                self.known,
-                self.places,
-                self._mask_places(tensors.mask),
-                *self.sizes,
-                layout.tiles,
-                layout.parts,
-                grid.per_group,
-                grid.loop,
-                self.eps,
-            ),
-            PARTS=power_of_two(layout.parts),
-            IS_GIVEN=is_given,
-            IS_MEASURED=is_measured,
-        )
+        told = {"PARTS": power_of_two(layout.parts), "IS_GIVEN": is_given, "IS_MEASURED": is_measured}
+        numbers = layout.tiles, layout.parts, grid.per_group, grid.loop, self.eps
+        self._launch(divided_backward.backward, programs, layout, tensors, numbers, told)
 
     def moments(self, given: Given, statistics: Tensor) -> Moments | None:
         """The batch's moments, with a dimension for each of the view's, if they are wanted."""
@@ -193,21 +154,44 @@ class GpuKernel(Kernel):
         mean = shaped(self, (high + low) / scale)
         return Moments(self.steps.plan.rows if given.valid is None else shaped(self, count), mean, m2)
 
-    def _launch(self, kernel: Any, programs: int, layout: Layout, arguments: tuple[Any, ...], **told: Any) -> None:
+    def _launch(
+        self,
+        kernel: Any,
+        programs: int,
+        layout: Layout,
+        tensors: ForwardTensors | BackwardTensors,
+        numbers: tuple[float, ...],
+        told: Mapping[str, int],
+    ) -> None:
+        """Start a kernel's programs on the tensors' device; `told` is for the compiler."""
+        mask = tensors.mask
+        valid = NO_MASK if mask is None else mask_places(self.view, strides_of(mask.shape))  # type: ignore[arg-type]
         tile = layout.tile
-        kernel[(programs,)](
-            *arguments,
-            R=tile.r,
-            K=tile.k,
-            S=tile.s,
-            NORMALIZER=self.normalizer,
-            ACTIVATION=self.activation,
-            num_warps=layout.warps,
-            **told,
-        )
+        with _current(tensors.x):
+            kernel[(programs,)](
+                tensors,
+                self.known,
+                self.places,
+                valid,
+                *self.sizes,
+                *numbers,
+                R=tile.r,
+                K=tile.k,
+                S=tile.s,
+                NORMALIZER=self.normalizer,
+                ACTIVATION=self.activation,
+                num_warps=layout.warps,
+                **told,
+            )
 
     def _grid(self, x: Tensor, layout: Layout, *, adds_up: bool) -> Grid:
-        return grid_of(self.view, layout, _device(x.device), x.element_size(), launch.LIMITS, adds_up=adds_up)
+        key = x.device, layout, adds_up
+        grid = self.grids.get(key)
+        if grid is None:
+            device = _device(x.device)
+            grid = grid_of(self.view, layout, device, self.dtype.itemsize, launch.LIMITS, adds_up=adds_up)
+            self.grids[key] = grid
+        return grid
 
     def _sums(self, x: Tensor, layout: Layout, grid: Grid) -> Tensor:
         return x.new_empty(sums_shape(self.view, layout, grid), dtype=torch.float32)
@@ -236,10 +220,6 @@ class GpuKernel(Kernel):
         *mean, spread = recalled.statistics
         return in_order(self, torch.stack([*mean, spread] if mean else [spread * 0, spread]).float()).contiguous()
 
-    def _mask_places(self, mask: Tensor | None) -> Places:
-        sizes = (1, 1, 1, 1) if mask is None else mask.shape
-        return mask_places(self.view, strides_of(sizes))  # type: ignore[arg-type]  # four
-
 
 def _counters(x: Tensor, grid: Grid) -> Tensor:
     """The next ticket, and for each block how many of its parts are done, and whether they are joined."""
@@ -248,7 +228,8 @@ def _counters(x: Tensor, grid: Grid) -> Tensor:
 
 def _current(x: Tensor) -> AbstractContextManager[Any]:
     """Make the tensor's device the current one, which Triton launches on."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    is_elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if is_elsewhere else _NOTHING
 
 
 @lru_cache
