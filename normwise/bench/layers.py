@@ -124,13 +124,13 @@ def filled(layer: nn.Module, case: Case) -> nn.Module:
     return layer.to(DTYPES[case.dtype]).train(case.what.mode == "training")
 
 
-def tensors(case: Case) -> tuple[Outputs, Outputs]:
+def tensors(case: Case, device: torch.device | str = "cpu") -> tuple[Outputs, Outputs]:
     """Inputs and the outputs' gradients of a case: one of each, or two where a residual is added."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     form = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
 
     def drawn() -> Tensor:
-        x = torch.empty(case.shape).normal_(0.5, 1.5, generator=generator)
+        x = torch.empty(case.shape, device=device).normal_(0.5, 1.5, generator=generator)
         return x.to(DTYPES[case.dtype]).contiguous(memory_format=form)
 
     count = 2 if case.adds else 1

@@ -17,7 +17,8 @@ from normwise.errors import NormwiseError
 
 OURS, TORCH, COPY = "normwise", "torch", "copy"
 OURS_COMPILED, TORCH_COMPILED, ONEDNN = "normwise compiled", "torch compiled", "oneDNN"
-CONTENDERS = (OURS, TORCH, OURS_COMPILED, TORCH_COMPILED, ONEDNN)
+CUDNN, LIGER, FLASH, QUACK = "cuDNN", "Liger", "flash-attn", "QuACK"  # on a GPU
+CONTENDERS = (OURS, TORCH, OURS_COMPILED, TORCH_COMPILED, ONEDNN, CUDNN, LIGER, FLASH, QUACK)
 
 
 class Prepared(NamedTuple):
@@ -49,24 +50,24 @@ def prepare(case: Case) -> Prepared:
     """The calls of a case, each compared with the truth first."""
     inputs, gradients = layers.tensors(case)
     found = Prepared({}, {}, {}, COPY)
-    state = _state(layers.ours(case))
+    state = state_of(layers.ours(case))
     gradients = gate.settled(case, inputs, gradients, state)
     true = gate.truth(case, inputs, gradients, state)
     for name, make in _entrants(case, inputs, gradients):
         try:
             entrant = make()
-            reason = gate.fault(_found(case, entrant), true)
+            reason = gate.fault(found_by(case, entrant), true)
         except (RuntimeError, ValueError, NormwiseError) as error:  # no compiler, no kernel for the dtype
             found.excluded[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         else:
-            _enter(found, name, _call(case, entrant), reason)
+            enter(found, name, call_of(case, entrant), reason)
         if OURS in found.excluded:
             return found
-    found.calls[COPY] = _copy(inputs)
+    found.calls[COPY] = copy_of(inputs)
     return found
 
 
-def _enter(found: Prepared, name: str, call: Call, reason: str | None) -> None:
+def enter(found: Prepared, name: str, call: Call, reason: str | None) -> None:
     """Let a contender take part, unless it is normwise's and wrong."""
     if reason is not None and name in (OURS, OURS_COMPILED):
         found.excluded[name] = reason
@@ -100,33 +101,34 @@ def _entrants(
         yield ONEDNN, lambda: _onednn_layer_norm(case, inputs)
 
 
-def _call(case: Case, entrant: Entrant) -> Call:
+def call_of(case: Case, entrant: Entrant) -> Call:
+    """What is timed: the pass, and nothing else."""
     if not case.what.backward:
         return lambda: entrant.run(*entrant.inputs)
     wanted = [*entrant.inputs, *entrant.layer.parameters()]
     return lambda: torch.autograd.grad(entrant.run(*entrant.inputs), wanted, entrant.gradients)
 
 
-def _found(case: Case, entrant: Entrant) -> gate.Found:
+def found_by(case: Case, entrant: Entrant) -> gate.Found:
     """What a contender gives, by name, after one step."""
     parameters = dict(entrant.layer.named_parameters())
     names = tuple(name.rpartition(".")[2] for name in parameters)
     outputs = entrant.run(*entrant.inputs)
     found = gate.named_outputs(outputs)
     if case.what.mode == "training":
-        found |= {name: value for name, value in _state(entrant.layer).items() if name.startswith("running")}
+        found |= {name: value for name, value in state_of(entrant.layer).items() if name.startswith("running")}
     if case.what.backward:
         wanted = [*entrant.inputs, *parameters.values()]
         found |= gate.named_gradients(torch.autograd.grad(outputs, wanted, entrant.gradients), names, case)
     return found
 
 
-def _state(layer: nn.Module) -> dict[str, Tensor]:
+def state_of(layer: nn.Module) -> dict[str, Tensor]:
     """Copies of parameters and memory, by their last names."""
     return {name.rpartition(".")[2]: tensor.clone() for name, tensor in layer.state_dict().items()}
 
 
-def _copy(inputs: tuple[Tensor, ...]) -> Call:
+def copy_of(inputs: tuple[Tensor, ...]) -> Call:
     """The yardstick: each input copied to a fresh tensor."""
     plain = [x.detach() for x in inputs]
 

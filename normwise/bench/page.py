@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 
 from normwise.bench import screen
 from normwise.bench.cases import OPERATIONS, ModelCase
-from normwise.bench.operations import CONTENDERS, COPY, OURS
+from normwise.bench.operations import CONTENDERS, COPY, CUDNN, FLASH, LIGER, OURS, QUACK
 from normwise.bench.results import PAGE, Outcome, Results
 from normwise.report.figures import MUTED, Figure, Json, axis, hover, layout, plain
 from normwise.report.paper import script, template, written
 from normwise.report.tables import Table, table
 
 _PITCH = 16  # pixels a bar
-_COLOURS = {name: f"var(--series-{at})" for at, name in enumerate(CONTENDERS)}
+_ON_A_GPU = {CUDNN: 2, LIGER: 4, FLASH: 5, QUACK: 6}  # they never meet those whose colours they have
+_COLOURS = {name: f"var(--series-{_ON_A_GPU.get(name, at)})" for at, name in enumerate(CONTENDERS)}
 
 
-def render(results: Results) -> str:
-    """The results as one HTML page with scripts and styles inside; nothing is loaded from anywhere."""
+def render(results: Results, more: Mapping[str, Table] = MappingProxyType({})) -> str:
+    """The results as one HTML page with scripts and styles inside; nothing is loaded from anywhere.
+
+    Args:
+        results: What was measured.
+        more: Further tables, by title.
+    """
     figures = [_figure(name, group) for name, group in _groups(results.outcomes)]
     return template("bench.html", "normwise.bench").render(
         machine=results.machine,
         complete=results.complete,
         headline=screen.headline(results.outcomes),
         figures=figures,
+        more=more,
         remarks=screen.remarks(results.outcomes),
         facts=table("Fact", "Value", rows=[(name, str(value)) for name, value in results.machine.items()]),
         drawings=[figure.drawing for figure in figures],

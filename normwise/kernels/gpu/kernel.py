@@ -112,6 +112,8 @@ class GpuKernel(Kernel):
         mask = None if given.valid is None else mask_bytes(self, given.valid)
         layout = self.layouts[1]
         grid = self._grid(x, layout, adds_up=wanted[1] or wanted[2])
+        sums = x.new_empty((sum(wanted[1:]), *sums_shape(self.view, layout, grid)), dtype=torch.float32)
+        left = iter(sums)
         tensors = BackwardTensors(
             x,
             lying(d_output, strides, x.dtype),
@@ -121,15 +123,17 @@ class GpuKernel(Kernel):
             self._read(bias, offset=False),
             mask,
             statistics,
-            self._sums(x, layout, grid) if wanted[1] else None,
-            self._sums(x, layout, grid) if wanted[2] else None,
+            next(left) if wanted[1] else None,
+            next(left) if wanted[2] else None,
         )
         is_given = given.recalled is not None
         if layout.is_resident and not is_given:
             self._launch(resident.backward, grid.k0 * grid.slots, layout, tensors, (grid.loop,), {})
         else:
             self._launch_divided_backward(tensors, layout, grid, is_given=is_given)
-        return tensors.d_x, self._summed(tensors.d_weight, weight), self._summed(tensors.d_bias, bias)
+        found = iter(self._summed(sums))
+        d_weight, d_bias = (next(found) if is_wanted else None for is_wanted in wanted[1:])
+        return tensors.d_x, _returned(d_weight, weight), _returned(d_bias, bias)
 
     def _launch_divided_backward(self, tensors: BackwardTensors, layout: Layout, grid: Grid, *, is_given: bool) -> None:
         is_measured = not is_given and tensors.d_x is not None
@@ -193,20 +197,15 @@ class GpuKernel(Kernel):
             self.grids[key] = grid
         return grid
 
-    def _sums(self, x: Tensor, layout: Layout, grid: Grid) -> Tensor:
-        return x.new_empty(sums_shape(self.view, layout, grid), dtype=torch.float32)
-
-    def _summed(self, sums: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-        """The gradient of a parameter, from what tiles left of it."""
-        if sums is None or parameter is None:
-            return None
+    def _summed(self, sums: Tensor) -> Tensor:
+        """The gradients of parameters, (n, size), from what tiles left of them, (n, *sums_shape)."""
         weights = self.view.weights
-        k0, slots, r, k, s = sums.shape
-        by_period = sums.view(k0 // weights.period_k0, weights.period_k0, slots, r, -1, min(weights.period_k1, k), s)
+        n, k0, slots, r, k, s = sums.shape
+        period_k = min(weights.period_k1, k)
+        by_period = sums.view(n, k0 // weights.period_k0, weights.period_k0, slots, r, k // period_k, period_k, s)
         strides = weights.k0, weights.r0, weights.k1, weights.r1
         order = sorted(range(4), key=lambda axis: -strides[axis])
-        summed = by_period.sum((0, 2, 4)).permute(order).reshape(parameter.shape)
-        return summed.to(parameter.dtype)
+        return by_period.sum((1, 3, 5)).permute(0, *(1 + axis for axis in order)).reshape(n, self.size)
 
     def _read(self, parameter: Tensor | None, *, offset: bool = True) -> Tensor | None:
         """A parameter as the kernels read it: contiguous, of any dtype."""
@@ -219,6 +218,13 @@ class GpuKernel(Kernel):
         """Remembered statistics as the kernels read them: mean and spread of each column."""
         *mean, spread = recalled.statistics
         return in_order(self, torch.stack([*mean, spread] if mean else [spread * 0, spread]).float()).contiguous()
+
+
+def _returned(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """A gradient of the parameter's dtype and shape."""
+    if gradient is None or parameter is None:
+        return None
+    return gradient.view(parameter.shape).to(parameter.dtype)
 
 
 def _counters(x: Tensor, grid: Grid) -> Tensor:
