@@ -13,7 +13,7 @@ from normwise.explain import Explanation, explain
 from normwise.kernels.prepared import PLAIN, fits
 from normwise.kernels.reference import Steps, Use, wide_dtype
 from normwise.kernels.run import run
-from normwise.kernels.short import Ready, normalize, normalize_sum, room
+from normwise.kernels.short import Ready, normalize, normalize_sum
 from normwise.masks import Lengths, valid_view
 from normwise.memory import Memory
 from normwise.normalizers import Normalizer, Standardize
@@ -180,7 +180,7 @@ class Norm(Remembering):
         ready, weight, bias = known
         if ready.has_memory:
             return self._remember_shortly(ready, x, weight, bias)
-        return normalize(ready, room(ready), x, weight, bias)
+        return normalize(ready, ready.room(x), x, weight, bias)
 
     def _sum_shortly(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor] | None:
         """The same for the sum with a residual that lies as the input does, and that sum; not with a memory."""
@@ -192,7 +192,7 @@ class Norm(Remembering):
         ready, weight, bias = known
         if not fits(residual, None, None, ready.kernel):
             return None
-        return normalize_sum(ready, room(ready), x, residual, weight, bias)
+        return normalize_sum(ready, ready.room(x), x, residual, weight, bias)
 
     def _known(self, x: Tensor) -> tuple[Ready, Tensor | None, Tensor | None] | None:
         """What the short way needs, and the recovery's parameters, if it can be taken.
@@ -280,7 +280,7 @@ class Norm(Remembering):
 
 
 def _is_plain(x: Tensor) -> bool:
-    return x.is_cpu and type(x) in PLAIN and x.layout is _STRIDED and not being_traced()
+    return type(x) in PLAIN and x.layout is _STRIDED and not being_traced()
 
 
 def _check_residual(x: Tensor, residual: Tensor) -> None:

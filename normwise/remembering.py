@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from normwise.commit import Entry, commit, commit_columns, entry, flush, is_unbiased, recall_columns
+from normwise.commit import Entry, commit, entry, flush, is_unbiased
 from normwise.elastic import stretched
 from normwise.errors import NonFiniteError, NormwiseError, PatternError, ShapeError
 from normwise.kernels.reference import Recalled, Steps, Use, wide_dtype
 from normwise.kernels.run import ready_for
-from normwise.kernels.short import Numbers, Ready, moments_in, normalize, room
+from normwise.kernels.short import Ready, normalize
 from normwise.masks import masked_axes, used
 from normwise.memory import Memory, falls_back, limits
 from normwise.moments import Moments, only
@@ -158,7 +158,7 @@ class Remembering(Stateful):
         """The output of a layer with a memory, by the short way; None: it cannot be taken now."""
         if self._use_of_memory(ready.plan, None) != ready.use:
             return None
-        statistics = room(ready)
+        statistics = ready.room(x)
         if ready.use is None:
             output = normalize(ready, statistics, x, weight, bias)
             if self._commits():
@@ -166,18 +166,18 @@ class Remembering(Stateful):
             return output
         buffers = self._holder()._buffers
         remembered = tuple([buffers[name] for name in self.spec.memory_buffers])
-        if not recall_columns(cast("tuple[Tensor, ...]", remembered), statistics, ready.kernel.eps):
+        if not ready.recall(cast("tuple[Tensor, ...]", remembered), statistics):
             return None
         return normalize(ready, statistics, x, weight, bias)
 
-    def _enter_shortly(self, ready: Ready, statistics: Numbers) -> None:
+    def _enter_shortly(self, ready: Ready, statistics: Any) -> None:
         """Let a batch enter the memory."""
         spec, holder = self.spec, self._holder()
         if not holder._fed:
             holder._fed = True
         memory, remembers = cast("Memory", spec.memory), spec.normalizer.remembers
-        if not commit_columns(memory, remembers, self._store(), statistics, ready.rows, least=self._least):
-            self._commit(ready.plan, moments_in(ready.kernel, statistics), self._window)
+        if not ready.commit(memory, remembers, self._store(), statistics, least=self._least):
+            self._commit(ready.plan, ready.moments(statistics), self._window)
 
     def _enter(self, plan: Plan, moments: Moments, length: int, *, is_last: bool = True) -> None:
         """Let a batch enter the memory, which for its sake may have grown from `length` places of the elastic axis.

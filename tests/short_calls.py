@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import normwise as nw
 from normwise import Affine, Frozen, Moving, Norm
-from normwise.kernels import short
+from normwise.kernels import short_cpu
 from normwise.kernels.backends import extension, requested
 
 needs_kernels = pytest.mark.skipif(extension is None or requested() == "reference", reason="there are no kernels")
@@ -64,7 +64,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             forward(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(short, "extension", Counting())
+        patch.setattr(short_cpu, "extension", Counting())
         yield count
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import normwise as nw
 from normwise import Average, Moving, Norm
 from normwise.commit import Entry, Store, commit, commit_columns
-from normwise.kernels import short
+from normwise.kernels import short_cpu
 from tests.short_calls import assert_same, counted, every_layer, made, needs_kernels, outcome, the_long_way
 from tests.test_memory import bits
 from tests.tolerances import VALUES, check
@@ -206,9 +206,9 @@ def test_what_is_kept_is_bounded_and_no_part_of_the_declaration() -> None:
 
 def test_many_columns_take_the_long_way() -> None:
     layer = nw.LayerNorm(4)
-    layer(torch.randn(short.MOST_COLUMNS, 4)), layer(torch.randn(short.MOST_COLUMNS + 1, 4))
+    layer(torch.randn(short_cpu.MOST_COLUMNS, 4)), layer(torch.randn(short_cpu.MOST_COLUMNS + 1, 4))
     columns = [None if ready is None else ready.kernel.columns for ready in layer.spec.ready.values()]
-    assert columns == [short.MOST_COLUMNS, None]
+    assert columns == [short_cpu.MOST_COLUMNS, None]
 
 
 def test_threads_share_a_layer() -> None:

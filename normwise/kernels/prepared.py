@@ -99,7 +99,7 @@ class Forward(NamedTuple):
 
 def fits(x: Tensor, weight: Tensor | None, bias: Tensor | None, kernel: Kernel) -> bool:
     """Whether the tensors are what the kernel may read: plain ones, where it runs, of the size that was prepared."""
-    if x.is_cpu is not kernel.on_cpu or x.is_neg() or _is_wrapped(x):
+    if x.is_cpu is not kernel.on_cpu or not (kernel.on_cpu or x.is_cuda) or x.is_neg() or _is_wrapped(x):
         return False
     for parameter in (weight, bias):
         if parameter is not None and not (

@@ -14,7 +14,8 @@ from normwise.kernels.geometry import is_dense
 from normwise.kernels.prepare import as_read, kernel_for
 from normwise.kernels.prepared import PLAIN, Given, Kernel, fits, normalize_with
 from normwise.kernels.reference import Result, Steps, Use, placed
-from normwise.kernels.short import MOST_COLUMNS, Ready, made_ready
+from normwise.kernels.short import Ready
+from normwise.kernels.short_cpu import MOST_COLUMNS, CpuReady
 from normwise.plan import Over, Plan, becomes_contiguous
 from normwise.transforms import being_traced
 
@@ -100,13 +101,15 @@ def ready_for(x: Tensor, steps: Steps, over: Over, use: Use | None, remembered: 
     if x.numel() == 0 or not is_dense(x.shape, x.stride()):
         return None
     kernel = kernel_for(x, steps, over, use)
-    if (
-        not isinstance(kernel, CpuKernel)
-        or kernel.columns > MOST_COLUMNS
-        or not (remembered is None or _in_order(kernel, remembered))
-    ):
+    if kernel is None or not (remembered is None or _in_order(kernel, remembered)):
         return None
-    return made_ready(kernel, x.stride(), use, has_memory=remembered is not None, is_copied=x is not given)
+    if not isinstance(kernel, CpuKernel):
+        from normwise.kernels.gpu.short import GpuReady
+
+        return GpuReady(kernel, x.stride(), use, has_memory=remembered is not None, is_copied=x is not given)
+    if kernel.columns > MOST_COLUMNS:
+        return None
+    return CpuReady(kernel, x.stride(), use, has_memory=remembered is not None, is_copied=x is not given)
 
 
 def _in_order(kernel: Kernel, over: Over) -> bool:

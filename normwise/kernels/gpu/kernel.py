@@ -44,7 +44,7 @@ from normwise.pointwise import FUNCTIONS
 _ACTIVATIONS = (None, *FUNCTIONS)  # in the order of tile.py
 _INTERPRETED = Device(processors=2, cache=2**16)  # as small as the tensors that one interprets kernels on
 _NOTHING: AbstractContextManager[None] = nullcontext()
-_ROWS, _ROWS_OF_PARTS = 6, 5  # of a column's numbers
+ROWS, _ROWS_OF_PARTS = 6, 5  # of a column's numbers
 
 
 class GpuKernel(Kernel):
@@ -71,25 +71,32 @@ class GpuKernel(Kernel):
 
     def forward(self, given: Given, inputs: Inputs) -> Forward:
         """Run the kernel, without autograd."""
+        x, _, weight, bias = inputs
+        mask = None if given.valid is None else mask_bytes(self, given.valid)
+        if given.recalled is None:
+            statistics = x.new_empty((ROWS, self.columns), dtype=torch.float32)
+        else:
+            statistics = self._recalled(given.recalled)
+        output, total = self.launch_forward(inputs, mask, statistics, is_given=given.recalled is not None)
+        return Forward(output, total, statistics, weight, bias, mask)
+
+    def launch_forward(
+        self, inputs: Inputs, mask: Tensor | None, statistics: Tensor, *, is_given: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output, and the sum of input and residual, if there is one; `statistics` are written, or given."""
         x, residual, weight, bias = inputs
         output = torch.empty_like(x)
         total = None if residual is None else torch.empty_like(x)
         read_weight, read_bias = self._read(weight), self._read(bias, offset=False)
-        mask = None if given.valid is None else mask_bytes(self, given.valid)
-        statistics = (
-            x.new_empty((_ROWS, self.columns), dtype=torch.float32)
-            if given.recalled is None
-            else self._recalled(given.recalled)
-        )
         tensors = ForwardTensors(x, residual, total, output, read_weight, read_bias, mask, statistics)
-        layout, is_given = self.layouts[0], given.recalled is not None
+        layout = self.layouts[0]
         grid = self._grid(x, layout, adds_up=False)
         if layout.is_resident and not is_given:
             told = {"ENLARGES": self.eps == 0}
             self._launch(resident.forward, grid.blocks, layout, tensors, (self.samples, self.eps), told)
         else:
             self._launch_divided_forward(tensors, layout, grid, is_given=is_given)
-        return Forward(output, total, statistics, weight, bias, mask)
+        return output, total
 
     def _launch_divided_forward(self, tensors: ForwardTensors, layout: Layout, grid: Grid, *, is_given: bool) -> None:
         programs = grid.blocks * layout.parts
@@ -107,17 +114,30 @@ class GpuKernel(Kernel):
         self, given: Given, saved: Saved, d_output: Tensor, d_total: Tensor | None, wanted: tuple[bool, ...]
     ) -> Gradients:
         """Those gradients of input, weight and bias that are wanted."""
-        x, weight, bias, statistics = saved
-        strides = x.stride()
+        x = saved[0]
         mask = None if given.valid is None else mask_bytes(self, given.valid)
+        d_output = lying(d_output, x.stride(), x.dtype)
+        d_total = None if d_total is None else lying(d_total, x.stride(), x.dtype)
+        return self.launch_backward(saved, mask, (d_output, d_total), wanted, is_given=given.recalled is not None)
+
+    def launch_backward(
+        self,
+        saved: Saved,
+        mask: Tensor | None,
+        d_outputs: tuple[Tensor, Tensor | None],
+        wanted: tuple[bool, ...],
+        *,
+        is_given: bool,
+    ) -> Gradients:
+        """The same from gradients that lie as the input does: that of the output, and that of the sum."""
+        x, weight, bias, statistics = saved
         layout = self.layouts[1]
         grid = self._grid(x, layout, adds_up=wanted[1] or wanted[2])
         sums = x.new_empty((sum(wanted[1:]), *sums_shape(self.view, layout, grid)), dtype=torch.float32)
         left = iter(sums)
         tensors = BackwardTensors(
             x,
-            lying(d_output, strides, x.dtype),
-            None if d_total is None else lying(d_total, strides, x.dtype),
+            *d_outputs,
             torch.empty_like(x) if wanted[0] else None,
             self._read(weight),
             self._read(bias, offset=False),
@@ -126,7 +146,6 @@ class GpuKernel(Kernel):
             next(left) if wanted[1] else None,
             next(left) if wanted[2] else None,
         )
-        is_given = given.recalled is not None
         if layout.is_resident and not is_given:
             self._launch(resident.backward, grid.k0 * grid.slots, layout, tensors, (grid.loop,), {})
         else:
@@ -171,7 +190,7 @@ class GpuKernel(Kernel):
         mask = tensors.mask
         valid = NO_MASK if mask is None else mask_places(self.view, strides_of(mask.shape))  # type: ignore[arg-type]
         tile = layout.tile
-        with _current(tensors.x):
+        with current(tensors.x):
             kernel[(programs,)](
                 tensors,
                 self.known,
@@ -232,7 +251,7 @@ def _counters(x: Tensor, grid: Grid) -> Tensor:
     return torch.zeros(1 + 2 * grid.blocks, dtype=torch.int32, device=x.device)
 
 
-def _current(x: Tensor) -> AbstractContextManager[Any]:
+def current(x: Tensor) -> AbstractContextManager[Any]:
     """Make the tensor's device the current one, which Triton launches on."""
     is_elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
     return torch.cuda.device(x.device) if is_elsewhere else _NOTHING
