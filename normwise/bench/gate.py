@@ -90,8 +90,8 @@ def fault(found: Found, true: Found) -> str | None:
 
 def _error(actual: Tensor, expected: Tensor) -> float:
     """The largest error as a part of the largest value; NaN if there is one."""
-    pieces = zip(_dense(actual).reshape(-1).split(_PIECE), expected.reshape(-1).split(_PIECE), strict=True)
-    largest = torch.stack([(found.double() - true).abs().max() for found, true in pieces]).max()
+    both = (torch.split(tensor.reshape(-1), _PIECE) for tensor in (_dense(actual), expected))
+    largest = torch.stack([(found.double() - true).abs().max() for found, true in zip(*both, strict=True)]).max()
     return float(largest / expected.abs().max().clamp_min(1e-30))
 
 

@@ -211,7 +211,7 @@ def lying(x: Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """
     if x.stride() == strides and x.dtype is dtype and not x.is_neg():
         return x
-    return torch.empty_strided(x.shape, strides, dtype=dtype).copy_(x)
+    return torch.empty_strided(x.shape, strides, dtype=dtype, device=x.device).copy_(x)
 
 
 def reads(kernel: Kernel, weight: Tensor | None, bias: Tensor | None) -> bool:

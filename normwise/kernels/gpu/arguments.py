@@ -14,8 +14,6 @@ from triton import language as tl
 
 from normwise.kernels.gpu.launch import View, unit
 
-_ENDLESS = 2**62  # a period that ends nowhere
-
 
 class Known(NamedTuple):
     """What the compiler is told of k0, r0, k1, r1, of which the innermost, r1 or otherwise k1, is given in units."""
@@ -27,10 +25,13 @@ class Known(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where what is for (a, r, k, s) lies: (a % period_a) * a + r * r + (k % period_k) * k + s * s."""
+    """Where what is for (a, r, k, s) lies: (a % period_a) * a + r * r + (k % period_k) * k + s * s.
 
-    period_a: int
-    period_k: int
+    A remainder in 64 bits takes as long as what is done with a tile: the compiler is told where nothing repeats.
+    """
+
+    period_a: int | None
+    period_k: int | None
     a: int
     r: int
     k: int
@@ -38,6 +39,8 @@ class Places(NamedTuple):
     along_r: tl.constexpr
     along_k: tl.constexpr
     along_s: tl.constexpr
+    repeats_a: tl.constexpr
+    repeats_k: tl.constexpr
 
 
 class ForwardTensors(NamedTuple):
@@ -83,8 +86,9 @@ def sizes_of(view: View) -> tuple[Known, int, int, int, int]:
 
 def parameter_places(view: View) -> Places:
     """Where weight and bias lie."""
-    weights = view.weights
-    return _places(weights.period_k0, weights.period_k1, weights.k0, weights.r0, weights.k1, weights.r1)
+    weights, (k0, _, k1, _) = view.weights, view.sizes
+    periods = [period if period < size else None for period, size in ((weights.period_k0, k0), (weights.period_k1, k1))]
+    return _places(weights.k0, weights.r0, weights.k1, weights.r1, *periods)
 
 
 def mask_places(view: View, strides: tuple[int, ...]) -> Places:
@@ -92,12 +96,14 @@ def mask_places(view: View, strides: tuple[int, ...]) -> Places:
     a, r, k, s = strides
     if view.sizes[0] == 1 and k == 0:  # the view numbers columns by k
         a, k = 0, a
-    return _places(_ENDLESS, _ENDLESS, a, r, k, s)
+    return _places(a, r, k, s)
 
 
-def _places(period_a: int, period_k: int, a: int, r: int, k: int, s: int) -> Places:
+def _places(a: int, r: int, k: int, s: int, period_a: int | None = None, period_k: int | None = None) -> Places:
+    """None: a period that ends nowhere."""
     along: list[Any] = [tl.constexpr(stride != 0) for stride in (r, k, s)]
-    return Places(period_a, period_k, a, _known(r), _known(k), _known(s), *along)
+    repeats: list[Any] = [tl.constexpr(period is not None) for period in (period_a, period_k)]
+    return Places(period_a, period_k, a, _known(r), _known(k), _known(s), *along, *repeats)
 
 
 def _known(number: int) -> Any:
@@ -105,4 +111,4 @@ def _known(number: int) -> Any:
     return tl.constexpr(1) if number == 1 else number
 
 
-NO_MASK = _places(_ENDLESS, _ENDLESS, 0, 0, 0, 0)
+NO_MASK = _places(0, 0, 0, 0)

@@ -15,6 +15,8 @@ In the backward it is the same with sums of gradients for moments.
 import triton
 from triton import language as tl
 
+from normwise.kernels.gpu.tile import positions
+
 
 @triton.jit
 def ticket(counters, per_group, parts):
@@ -51,6 +53,19 @@ def wait(counters, block):
 def tiles_of(shape, tiles, part, R: tl.constexpr, S: tl.constexpr):
     """The first and last tile of a part, and how many there are side by side."""
     _, r0, _, r1 = shape
-    beside = tl.cdiv(r1, S)
-    first = part * tiles
-    return first, tl.minimum(first + tiles, tl.cdiv(r0, R) * beside), beside
+    beside, above = tl.full((), tl.cdiv(r1, S), tl.int32), tl.full((), tl.cdiv(r0, R), tl.int32)
+    first = (part * tiles).to(tl.int32)  # a tile is divided by `beside`: in 64 bits that takes as long as its sums
+    return first, tl.minimum(first + tiles, above * beside), beside
+
+
+@triton.jit
+def tile_positions(tile, beside, first_k, R: tl.constexpr, K: tl.constexpr, S: tl.constexpr):
+    """r, k and s of a tile of a block of columns."""
+    return positions((tile // beside).to(tl.int64) * R, first_k, (tile % beside).to(tl.int64) * S, R, K, S)
+
+
+@triton.jit
+def samples_of(r0, r1, tile, beside, R: tl.constexpr, S: tl.constexpr):
+    """How many elements of a column a tile has."""
+    above, left = (tile // beside).to(tl.int64) * R, (tile % beside).to(tl.int64) * S
+    return (tl.minimum(R, r0 - above) * tl.minimum(S, r1 - left)).to(tl.float32)

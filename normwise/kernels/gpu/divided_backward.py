@@ -10,6 +10,7 @@ from normwise.kernels.gpu.divided import (
     is_last,
     tell,
     ticket,
+    tile_positions,
     tiles_of,
     wait,
 )
@@ -150,12 +151,12 @@ def sum_part(
     line = kept_line(t.statistics, columns_of(shape), a * k1 + k, has_k, eps, IS_GIVEN)
     total, along = tl.zeros((R, K, S), tl.float32), tl.zeros((R, K, S), tl.float32)
     for tile in range(first, last):
-        r, k, s = positions(tile // beside * R, first_k, tile % beside * S, R, K, S)
+        r, k, s = tile_positions(tile, beside, first_k, R, K, S)
         has_r, has_s = r < r0, s < r1
         at = ((a * r0 + r) * k1 + k) * r1 + s
         inside = counted(t.mask, valid, a, r, k, s, has_r, has_k, has_s)
         w, b = parameters(t.weight, t.bias, weights, a, r, k, s, has_r, has_k, has_s)
-        v, d = recovered_gradient(t, at, inside, line, w, b, ACTIVATION)
+        v, d = recovered_gradient(t, at, inside, has_r & has_k & has_s, line, w, b, ACTIVATION)
         total += d * w
         along += d * w * v
     columns = columns_of(shape) * parts
@@ -203,7 +204,7 @@ def differentiate_part(
     first, last, beside = tiles_of(shape, tiles, part, R, S)
     slots = tl.cdiv(tl.cdiv(k1, K), loop)
     for tile in range(first, last):
-        r, k, s = positions(tile // beside * R, k_block * K, tile % beside * S, R, K, S)
+        r, k, s = tile_positions(tile, beside, k_block * K, R, K, S)
         has_r, has_s = r < r0, s < r1
         of_weight, of_bias = tl.zeros((R, K, S), tl.float32), tl.zeros((R, K, S), tl.float32)
         for turn in range(loop):
@@ -214,7 +215,8 @@ def differentiate_part(
             inside = counted(t.mask, valid, a, r, k_now, s, has_r, has_k, has_s)
             line = kept_line(t.statistics, columns_of(shape), column, has_k, eps, IS_GIVEN)
             w, b = parameters(t.weight, t.bias, weights, a, r, k_now, s, has_r, has_k, has_s)
-            v, d = recovered_gradient(t, at, inside, line, w, b, ACTIVATION)
+            here = has_r & has_k & has_s
+            v, d = recovered_gradient(t, at, inside, here, line, w, b, ACTIVATION)
             of_weight += d * v
             of_bias += d
             if t.d_x is not None:
@@ -224,7 +226,7 @@ def differentiate_part(
                     along = kept_row(t.sums, ALONG, columns_of(shape), column, has_k, 0.0)
                     count = kept_row(t.statistics, COUNT, columns_of(shape), column, has_k, 1.0)
                     d = d - through_statistics(v, total, along, tl.maximum(count, 1.0), NORMALIZER)
-                store_gradient(t, at, d, line, inside, has_r & has_k & has_s)
+                store_gradient(t, at, d, line, inside, here)
         slot = slot_of(weights, a, k_block // loop, slots, tile // beside, tl.cdiv(r0, R), tile % beside, beside)
         add_up(t.d_weight, of_weight, weights, slot, r, k, s, r0, k1, r1, has_r, k < k1, has_s)
         add_up(t.d_bias, of_bias, weights, slot, r, k, s, r0, k1, r1, has_r, k < k1, has_s)

@@ -8,8 +8,10 @@ from triton import language as tl
 
 from normwise.kernels.gpu.divided import (
     is_last,
+    samples_of,
     tell,
     ticket,
+    tile_positions,
     tiles_of,
     wait,
 )
@@ -25,6 +27,7 @@ from normwise.kernels.gpu.tile import (
     column_sum,
     columns_of,
     counted,
+    counting,
     deviations,
     differs,
     inverse_root,
@@ -38,6 +41,7 @@ from normwise.kernels.gpu.tile import (
     positions,
     read,
     sizes,
+    undone,
     valid_element,
     values_of,
     wanted_scale,
@@ -128,43 +132,59 @@ def measure_part(
     CENTERS: tl.constexpr,
     ENLARGES: tl.constexpr,
 ):
-    """The moments of a part, about the mean of its first tile; once more if that needs another scale."""
+    """The moments of a part, about the mean of its first tile; once more if that needs another scale, or another mean.
+
+    A mask may leave a single outlier of the first tile, far from all that follow.
+    """
     _, r0, k1, r1 = shape
     first, last, beside = tiles_of(shape, tiles, part, R, S)
     scale = tl.full((1, K, 1), 1.0, tl.float32)
     high, low, moved = scale * 0.0, scale * 0.0, scale * 0.0
     count = scale * 0.0
+    is_far, better = scale * 0.0, scale * 0.0  # whether a first tile says little of the column, and a better mean
     again = first < last
     while again:
         if CENTERS:
-            r, k, s = positions(first // beside * R, first_k, first % beside * S, R, K, S)
+            r, k, s = tile_positions(first, beside, first_k, R, K, S)
             has_r, has_k, has_s = r < r0, k < k1, s < r1
             at = ((a * r0 + r) * k1 + k) * r1 + s
             inside = counted(t.mask, valid, a, r, k, s, has_r, has_k, has_s)
-            x = read(t.x, t.residual, at, inside)
-            here = tl.maximum(column_sum(inside.to(tl.float32)), 1.0)
-            high = mean_about(x * scale, inside, valid_element(x, inside) * scale, here)
+            x = counting(t.mask, read(t.x, t.residual, at, has_r & has_k & has_s), inside)
+            if t.mask is None:
+                few = tl.zeros((1, K, 1), tl.float32) + samples_of(r0, r1, first, beside, R, S)
+                above, left = (first // beside).to(tl.int64) * R, (first % beside).to(tl.int64) * S
+                element = read(t.x, t.residual, ((a * r0 + above) * k1 + k) * r1 + left, has_k)
+            else:
+                few = tl.maximum(column_sum(inside.to(tl.float32)), 1.0)
+                element = valid_element(x, inside)
+            high = mean_about(x * scale, inside, element * scale, few)
+            high = tl.where(is_far > 0, better, high)
         total, squares = tl.zeros((R, K, S), tl.float32), tl.zeros((R, K, S), tl.float32)
         count = scale * 0.0
         for tile in range(first, last):
-            r, k, s = positions(tile // beside * R, first_k, tile % beside * S, R, K, S)
+            r, k, s = tile_positions(tile, beside, first_k, R, K, S)
             has_r, has_k, has_s = r < r0, k < k1, s < r1
             at = ((a * r0 + r) * k1 + k) * r1 + s
             inside = counted(t.mask, valid, a, r, k, s, has_r, has_k, has_s)
-            x = read(t.x, t.residual, at, inside)
+            here = has_r & has_k & has_s
+            x = read(t.x, t.residual, at, here)
             if t.total is not None:
-                here = has_r & has_k & has_s
-                tl.store(t.total + at, read(t.x, t.residual, at, here).to(t.total.dtype.element_ty), mask=here)
+                tl.store(t.total + at, x.to(t.total.dtype.element_ty), mask=here)
             x = tl.where(inside, x * scale - high, 0.0)
             total += x
             squares += x * x
-            count += column_sum(inside.to(tl.float32))
+            if t.mask is None:
+                count += samples_of(r0, r1, tile, beside, R, S)
+            else:
+                count += column_sum(inside.to(tl.float32))
         least = tl.maximum(count, 1.0)
         low, moved = deviations(column_sum(total), column_sum(squares), least, CENTERS)
         wanted = wanted_scale(high, moved, least, scale, ENLARGES)
-        again = differs(wanted, scale)
+        far = tl.where((is_far > 0) | ((wanted == scale) & (least * low * low > 16 * moved)), 1.0, 0.0)
+        again = differs(wanted, scale) | differs(far, is_far)
         if again:
-            scale = wanted
+            better = tl.where(far > is_far, high + low, better) * (wanted * undone(scale))
+            is_far, scale = far, wanted
     _, k, _ = positions(0, first_k, 0, 1, K, 1)
     columns = columns_of(shape) * parts
     column = (a * k1 + k) * parts + part
@@ -216,18 +236,18 @@ def normalize_part(
     has_k = k < k1
     scale, high, low, inverse = kept_line(t.statistics, columns_of(shape), a * k1 + k, has_k, eps, IS_GIVEN)
     for tile in range(first, last):
-        r, k, s = positions(tile // beside * R, first_k, tile % beside * S, R, K, S)
+        r, k, s = tile_positions(tile, beside, first_k, R, K, S)
         has_r, has_s = r < r0, s < r1
         at = ((a * r0 + r) * k1 + k) * r1 + s
         here = has_r & has_k & has_s
         inside = counted(t.mask, valid, a, r, k, s, has_r, has_k, has_s)
         if t.total is None:
-            x = read(t.x, None, at, inside)
+            x = read(t.x, None, at, here)
         elif IS_GIVEN:
-            x = read(t.x, t.residual, at, inside)
-            tl.store(t.total + at, read(t.x, t.residual, at, here).to(t.total.dtype.element_ty), mask=here)
+            x = read(t.x, t.residual, at, here)
+            tl.store(t.total + at, x.to(t.total.dtype.element_ty), mask=here)
         else:
-            x = read(t.total, None, at, inside)
+            x = read(t.total, None, at, here)
         w, b = parameters(t.weight, t.bias, weights, a, r, k, s, has_r, has_k, has_s)
         y = activated(values_of(x, scale, high, low, inverse) * w + b, ACTIVATION)
         tl.store(t.y + at, tl.where(inside, y, 0.0).to(t.y.dtype.element_ty), mask=here)

@@ -22,7 +22,7 @@ from normwise.kernels.gpu.arguments import (
     parameter_places,
     sizes_of,
 )
-from normwise.kernels.gpu.launch import Device, Grid, Layout, grid_of, layout_of, power_of_two, sums_shape, view_of
+from normwise.kernels.gpu.launch import Device, Grid, Layout, grid_of, layout_of, sums_shape, view_of
 from normwise.kernels.prepared import (
     Forward,
     Given,
@@ -106,7 +106,7 @@ class GpuKernel(Kernel):
                 partial=tensors.statistics.new_empty((_ROWS_OF_PARTS, self.columns, layout.parts)),
                 counters=_counters(tensors.x, grid),
             )
-        told = {"PARTS": power_of_two(layout.parts), "ENLARGES": self.eps == 0, "IS_GIVEN": is_given}
+        told = {"PARTS": layout.joined, "ENLARGES": self.eps == 0, "IS_GIVEN": is_given}
         numbers = layout.tiles, layout.parts, grid.per_group, self.eps
         self._launch(divided_forward.forward, programs, layout, tensors, numbers, told)
 
@@ -164,7 +164,7 @@ class GpuKernel(Kernel):
                 sums=tensors.statistics.new_empty((2, self.columns)),
                 counters=_counters(tensors.x, grid),
             )
-        told = {"PARTS": power_of_two(layout.parts), "IS_GIVEN": is_given, "IS_MEASURED": is_measured}
+        told = {"PARTS": layout.joined, "IS_GIVEN": is_given, "IS_MEASURED": is_measured}
         numbers = layout.tiles, layout.parts, grid.per_group, grid.loop, self.eps
         self._launch(divided_backward.backward, programs, layout, tensors, numbers, told)
 

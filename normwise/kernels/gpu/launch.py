@@ -22,13 +22,13 @@ class Limits(NamedTuple):
     """What layouts follow from: numbers of elements, unless something else is said."""
 
     held: int = 16384  # of a tile of the forward: one program holds columns up to this
-    held_back: int = 8192  # of the backward, whose sums for parameters take registers as well
+    held_back: int = 4096  # of the backward, whose sums for parameters take registers as well
     divided: int = 4096  # of a tile of longer columns
     beside: int = 32  # columns side by side that make whole sectors of memory
     least: int = 1024  # that keep a program busy
     parts: int = 128  # of a column, at most
     joined: int = 2048  # parts of the columns of a block, at most: one program joins them
-    to_a_thread: int = 16
+    to_a_thread: int = 8
     turns: int = 8  # blocks of long columns of which one program adds up what they say of parameters
     share: int = 4  # groups of blocks, with what is written of them, that the last cache has room for
 
@@ -58,6 +58,11 @@ class Layout(NamedTuple):
     warps: int  # of 32 threads, for a tile
     tiles: int  # of a part
     parts: int  # of a column; 1, with 1 tile, if a program holds it
+
+    @property
+    def joined(self) -> int:
+        """Parts that a program joins at a time: no fewer than it has threads, each of which then has few of them."""
+        return max(power_of_two(self.parts), 32 * self.warps // self.tile.k)
 
     @property
     def is_resident(self) -> bool:
@@ -103,9 +108,9 @@ def layout_of(r0: int, r1: int, limits: Limits = LIMITS, *, backward: bool) -> L
     """For columns of r0 runs of r1 elements.
 
     >>> layout_of(1, 4096, backward=False)
-    Layout(tile=Tile(r=1, k=1, s=4096), warps=8, tiles=1, parts=1)
+    Layout(tile=Tile(r=1, k=1, s=4096), warps=16, tiles=1, parts=1)
     >>> layout_of(256, 56 * 56, backward=False)  # batch norm of 256 images
-    Layout(tile=Tile(r=1, k=1, s=4096), warps=8, tiles=2, parts=128)
+    Layout(tile=Tile(r=1, k=1, s=4096), warps=16, tiles=2, parts=128)
     """
     r, s = power_of_two(r0), power_of_two(r1)
     k = limits.beside if r1 == 1 else max(limits.beside * 4 // s, 1)

@@ -19,6 +19,7 @@ from normwise.kernels.gpu.tile import (
     add_up,
     column_sum,
     counted,
+    counting,
     differs,
     inverse_root,
     keep_moments,
@@ -71,9 +72,10 @@ def forward(
     column = a * k1 + k
     here = has_r & has_k & has_s
     inside = counted(t.mask, valid, a, r, k, s, has_r, has_k, has_s)
-    x = read(t.x, t.residual, at, inside)
+    x = read(t.x, t.residual, at, here)
     if t.total is not None:  # there for padding too
-        tl.store(t.total + at, read(t.x, t.residual, at, here).to(t.total.dtype.element_ty), mask=here)
+        tl.store(t.total + at, x.to(t.total.dtype.element_ty), mask=here)
+    x = counting(t.mask, x, inside)
 
     if t.mask is None:
         count = tl.zeros((1, K, 1), tl.float32) + samples
@@ -133,7 +135,7 @@ def backward(
         inside = counted(t.mask, valid, a, r, k_now, s, has_r, has_k, has_s)
         line = kept_line(t.statistics, columns, column, has_k, 0.0, False)
         w, b = parameters(t.weight, t.bias, weights, a, r, k_now, s, has_r, has_k, has_s)
-        v, d = recovered_gradient(t, at, inside, line, w, b, ACTIVATION)
+        v, d = recovered_gradient(t, at, inside, here, line, w, b, ACTIVATION)
         of_weight += d * v
         of_bias += d
         if t.d_x is not None:

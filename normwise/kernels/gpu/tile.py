@@ -2,13 +2,14 @@
 
 A tile has three dimensions (R, K, S): reduced, kept and reduced positions (r, k, s) of one outermost kept position a,
 as csrc/call.h has them. The element lies at ((a * r0 + r) * k1 + k) * r1 + s, and every k is a column. All sums are of
-float32, in an order that depends on the tile's shape only.
+float32, in an order that depends on the tile's shape, and on how many elements the compiler lets a thread load at once:
+where columns lie side by side (r1 is 1), that is the power of two up to 16 that divides their number.
 
 A column is measured about one of its elements, then about the mean that this gives, and what rounding left of that mean
 is kept: x - high is exact where it matters. Where squares may have left float's range, the column is measured once more
-times a power of two. Its line is
+times a power of two, `scale`. Its line is
 
-    value = ((x * scale - high * scale) - low * scale) * inverse
+    value = ((x * scale - high) - low) * inverse
 """
 
 # mypy: ignore-errors
@@ -25,6 +26,7 @@ SCALE, HIGH, LOW, SQUARES, COUNT, INVERSE = (tl.constexpr(row) for row in range(
 
 _LARGE, _SMALL = tl.constexpr(1e30), tl.constexpr(1e-30)  # mean squares within are far from float's limits
 _SHRINK, _GROW = tl.constexpr(2.0**-80), tl.constexpr(2.0**80)
+_APART = tl.constexpr(1e15)  # means that differ by less have mean squares within _LARGE
 _TINY = tl.constexpr(2.0**-126)  # the smallest normal float
 
 
@@ -61,13 +63,15 @@ def placed(places, a, r, k, s, has_r, has_k, has_s):
 
     Only along the axes that tell them apart: they are broadcast against the tile.
     """
-    at = tl.zeros((1, 1, 1), tl.int64) + (a % places.period_a) * places.a
+    if places.repeats_a:
+        a = a % places.period_a
+    at = tl.zeros((1, 1, 1), tl.int64) + a * places.a
     inside = tl.full((1, 1, 1), 1, tl.int1)
     if places.along_r:
         at = at + r * places.r
         inside = inside & has_r
     if places.along_k:
-        at = at + (k % places.period_k) * places.k
+        at = at + (k % places.period_k if places.repeats_k else k) * places.k
         inside = inside & has_k
     if places.along_s:
         at = at + s * places.s
@@ -136,16 +140,27 @@ def add_up(sums, x, places, slot, r, k, s, r0, k1, r1, has_r, has_k, has_s):
 
 
 @triton.jit
-def read(x, residual, at, inside):
-    """Elements, or their sums with those of a residual, rounded as the sum is that is kept; 0 outside."""
-    found = tl.load(x + at, mask=inside, other=0.0)
+def read(x, residual, at, here):
+    """Elements, or their sums with those of a residual, rounded as the sum is that is kept; 0 outside.
+
+    Whole vectors are read: which of the elements count is no matter of `here`, but of `counting`.
+    """
+    found = tl.load(x + at, mask=here, other=0.0)
     if residual is not None:
-        added = found.to(tl.float32) + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        added = found.to(tl.float32) + tl.load(residual + at, mask=here, other=0.0).to(tl.float32)
         found = added.to(found.dtype)
     return found.to(tl.float32)
 
 
-# --- what is kept of columns ---------------------------------------------------------------------------------------
+@triton.jit
+def counting(mask, x, inside):
+    """Elements, 0 where they do not count; without a mask what lies outside is 0 as it was read."""
+    if mask is not None:
+        x = tl.where(inside, x, 0.0)
+    return x
+
+
+# --- what is kept of columns ------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -269,21 +284,32 @@ def undone(scale):
 
 
 @triton.jit
+def step_to(common, scale):
+    """What takes numbers of columns times `scale` to the common scale, which is not larger."""
+    return tl.where(scale == common, 1.0, common * undone(scale))
+
+
+@triton.jit
 def joined(scale, high, low, squares, count):
     """The moments of columns that were measured in parts, along the last axis: Chan's formula for all parts at once.
 
-    Distances are from the mean of one of the parts, so that a constant column stays exact.
+    Distances are from a mean of the parts' means, itself summed as distances from one of them: a constant column stays
+    exact. Where means are so far apart that the squares of distances would leave float's range, columns are shrunk.
     """
     there = count > 0
-    common = tl.min(tl.where(there, scale, _GROW), 2, keep_dims=True)
-    common = tl.where(tl.sum(count, 2, keep_dims=True) > 0, common, 1.0)
-    step = tl.where(scale == common, 1.0, common * undone(scale))
+    total = tl.sum(count, 2, keep_dims=True)
+    least = tl.maximum(total, 1.0)
+    common = tl.where(total > 0, tl.min(tl.where(there, scale, _GROW), 2, keep_dims=True), 1.0)
+    means = high * step_to(common, scale)
+    largest = tl.max(tl.where(there, means, float("-inf")), 2, keep_dims=True)
+    apart = largest - tl.min(tl.where(there, means, float("inf")), 2, keep_dims=True)
+    common = tl.where(apart < _APART, common, common * _SHRINK)
+    step = step_to(common, scale)
     high, low, squares = high * step, low * step, squares * step * step
     about = tl.max(tl.where(there, high, float("-inf")), 2, keep_dims=True)
     about = tl.where(about > float("-inf"), about, 0.0)
+    about += tl.sum(tl.where(there, high - about, 0.0) * count, 2, keep_dims=True) / least
     distance = tl.where(there, (high - about) + low, 0.0)
-    total = tl.sum(count, 2, keep_dims=True)
-    least = tl.maximum(total, 1.0)
     mean = tl.sum(distance * count, 2, keep_dims=True) / least
     left = distance - mean
     squares = tl.sum(tl.where(there, squares + left * left * count, 0.0), 2, keep_dims=True)
@@ -337,12 +363,12 @@ def through_activation(d_y, z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def recovered_gradient(t, at, inside, line, w, b, ACTIVATION: tl.constexpr):
+def recovered_gradient(t, at, inside, here, line, w, b, ACTIVATION: tl.constexpr):
     """A tile's values, and the gradient of what the recovery makes of them; 0 where nothing counts."""
     scale, high, low, inverse = line
-    x = tl.load(t.x + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(t.x + at, mask=here, other=0.0).to(tl.float32)
     v = tl.where(inside, values_of(x, scale, high, low, inverse), 0.0)
-    d_y = tl.load(t.d_y + at, mask=inside, other=0.0).to(tl.float32)
+    d_y = counting(t.mask, tl.load(t.d_y + at, mask=here, other=0.0).to(tl.float32), inside)
     return v, through_activation(d_y, v * w + b, ACTIVATION)
 
 
