@@ -1,6 +1,7 @@
 # make tune   sets up everything and runs the main job: which normalization and learning rate do the digits want?
 # make test   sets up everything and runs all tests
 # make bench  sets up everything and times every layer against torch's, and against a copy of the same bytes
+# make bench-gpu  the same for the kernels in Triton, on a machine with a CUDA device, in under 8 minutes
 # make lint   format, lint and types
 # make wheel  a wheel with the compiled kernels in dist/, checked where there is no compiler
 # make sanitize  the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy
@@ -15,7 +16,7 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-f
 SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 
-.PHONY: tune test bench lint wheel sanitize clean
+.PHONY: tune test bench bench-gpu lint wheel sanitize clean
 
 tune: .venv/tune.stamp
 	$(BIN)/normwise tune --out runs/digits $(if $(wildcard runs/digits/study.db),--resume)
@@ -25,6 +26,9 @@ test: .venv/dev.stamp
 
 bench: .venv/tune.stamp
 	$(BIN)/normwise bench --out runs/bench
+
+bench-gpu: .venv/gpu.stamp
+	$(BIN)/python -m benchmarks.gpu
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff format --check .
@@ -50,6 +54,10 @@ sanitize: .venv/dev.stamp
 
 .venv/tune.stamp: .venv/bin/python pyproject.toml constraints.txt $(KERNELS)
 	$(INSTALL) '.[tune]'
+	touch $@
+
+.venv/gpu.stamp: .venv/bin/python pyproject.toml constraints.txt $(KERNELS)
+	$(INSTALL) '.[gpu,tune]'
 	touch $@
 
 .venv/dev.stamp: .venv/bin/python pyproject.toml constraints.txt $(KERNELS)

@@ -19,7 +19,7 @@ import normwise as nw
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
-collect_ignore_glob = [] if find_spec("triton") else ["normwise/kernels/gpu/*", "tests/test_gpu*"]
+collect_ignore_glob = [] if find_spec("triton") else ["normwise/kernels/gpu/*", "tests/*gpu*", "tests/interpreted.py"]
 
 settings.register_profile("normwise", deadline=None, max_examples=60, derandomize=True, database=None)
 settings.load_profile("normwise")

@@ -158,7 +158,8 @@ def measure_part(
                 few = tl.maximum(column_sum(inside.to(tl.float32)), 1.0)
                 element = valid_element(x, inside)
             high = mean_about(x * scale, inside, element * scale, few)
-            high = tl.where(is_far > 0, better, high)
+            if t.mask is not None:
+                high = tl.where(is_far > 0, better, high)
         total, squares = tl.zeros((R, K, S), tl.float32), tl.zeros((R, K, S), tl.float32)
         count = scale * 0.0
         for tile in range(first, last):
@@ -180,11 +181,13 @@ def measure_part(
         least = tl.maximum(count, 1.0)
         low, moved = deviations(column_sum(total), column_sum(squares), least, CENTERS)
         wanted = wanted_scale(high, moved, least, scale, ENLARGES)
-        far = tl.where((is_far > 0) | ((wanted == scale) & (least * low * low > 16 * moved)), 1.0, 0.0)
-        again = differs(wanted, scale) | differs(far, is_far)
-        if again:
+        again = differs(wanted, scale)
+        if t.mask is not None:
+            far = tl.where((is_far > 0) | ((wanted == scale) & (least * low * low > 16 * moved)), 1.0, 0.0)
+            again = again | differs(far, is_far)
             better = tl.where(far > is_far, high + low, better) * (wanted * undone(scale))
-            is_far, scale = far, wanted
+            is_far = far
+        scale = tl.where(again, wanted, scale)
     _, k, _ = positions(0, first_k, 0, 1, K, 1)
     columns = columns_of(shape) * parts
     column = (a * k1 + k) * parts + part

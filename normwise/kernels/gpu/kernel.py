@@ -204,6 +204,7 @@ class GpuKernel(Kernel):
                 NORMALIZER=self.normalizer,
                 ACTIVATION=self.activation,
                 num_warps=layout.warps,
+                maxnreg=layout.registers,
                 **told,
             )
 

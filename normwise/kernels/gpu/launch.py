@@ -60,6 +60,11 @@ class Layout(NamedTuple):
     parts: int  # of a column; 1, with 1 tile, if a program holds it
 
     @property
+    def registers(self) -> int:
+        """That a thread may have at most. Not told, the compiler may spill some to run one more program beside."""
+        return min(2**16 // (32 * self.warps), 255)
+
+    @property
     def joined(self) -> int:
         """Parts that a program joins at a time: no fewer than it has threads, each of which then has few of them."""
         return max(power_of_two(self.parts), 32 * self.warps // self.tile.k)
