@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from benchmarks.gpu.device import Device
     from normwise.bench.cases import Case
     from normwise.bench.timing import Spread
-    from normwise.kernels.gpu.launch import Limits
+    from normwise.kernels.launch import Limits
 
 FIELDS: Mapping[str, Sequence[int]] = {
     "held": (4096, 8192, 16384, 32768),
@@ -89,8 +89,7 @@ def tuned_cases() -> list[Case]:
 @contextmanager
 def limits(value: Limits) -> Iterator[None]:
     """Layouts follow from other limits, of kernels that are made and of calls that are made meanwhile."""
-    from normwise.kernels import prepare
-    from normwise.kernels.gpu import launch
+    from normwise.kernels import launch, prepare
 
     before: Limits = launch.LIMITS
     prepare._prepared.cache_clear()
@@ -135,7 +134,7 @@ def _calls(
     from benchmarks.gpu.contenders import made, told
     from normwise.bench import gate, layers
     from normwise.bench.operations import OURS, Entrant, call_of, found_by, state_of
-    from normwise.kernels.gpu.launch import LIMITS
+    from normwise.kernels.launch import LIMITS
 
     inputs, gradients = layers.tensors(case, device.where)
     state = state_of(made(layers.ours, case, device))
@@ -193,7 +192,7 @@ def save(path: Path, facts: Mapping[str, str | int], now: Mapping[str, int], tri
 def carry_out(words: Sequence[str], device: Device, cases: Sequence[Case]) -> int:
     """Sweep case by case, save after each, print the table; Ctrl-C keeps what there is."""
     from benchmarks.gpu import output
-    from normwise.kernels.gpu.launch import LIMITS
+    from normwise.kernels.launch import LIMITS
     from normwise.report.tables import table
 
     parser = argparse.ArgumentParser("python -m benchmarks.tune_launch", description=__doc__.partition("\n")[0])

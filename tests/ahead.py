@@ -39,7 +39,7 @@ from normwise import Norm
 from normwise.kernels import prepare
 from normwise.kernels import run as running
 from normwise.kernels.gpu import kernel as gpu
-from normwise.kernels.gpu.launch import Device
+from normwise.kernels.launch import Device
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

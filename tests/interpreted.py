@@ -26,11 +26,10 @@ from triton import language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
-from normwise.kernels import prepare
+from normwise.kernels import launch, prepare
 from normwise.kernels import run as running
 from normwise.kernels.gpu import kernel as kernels
-from normwise.kernels.gpu import launch
-from normwise.kernels.gpu.launch import LIMITS, Layout, Limits, grid_of, layout_of, view_of
+from normwise.kernels.launch import LIMITS, Layout, Limits, grid_of, layout_of, view_of
 from tests.compiled import Call, poison
 
 needs_interpreter = pytest.mark.skipif(not knobs.runtime.interpret, reason="Triton compiles for a GPU in this process")

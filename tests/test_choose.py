@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import normwise as nw
 from normwise import L2, RMS, Affine, OffsetScale, Scale, Standardize
 from normwise.kernels.choose import DTYPES, Choice, choose
 from normwise.kernels.reference import Use
@@ -121,3 +122,25 @@ def test_the_number_of_columns_decides_nothing(text: str, rows: int, length: int
         known = None if geometry is None else (geometry.by_runs, geometry.groups, geometry.sizes[1], geometry.sizes[3])
         found.append((choice.kernel, known))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "done"),
+    [
+        (nw.LayerNorm(4096), (8, 4096), "columns of 16.4 kB in one run: held by one program, read once"),
+        (nw.LayerNorm(64), (8, 64), "columns of 256 bytes in one run: held 16 at a time by one program, read once"),
+        (
+            nw.BatchNorm(64),
+            (256, 64, 56, 56),
+            "columns of 3.2 MB in 256 runs: measured in 128 parts, then normalized from the cache",
+        ),
+    ],
+)
+def test_what_is_done_on_a_gpu(
+    layer: nw.Norm, shape: tuple[int, ...], done: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("normwise.explain.compiled", lambda: {"cpu": "triton"})
+    monkeypatch.setattr("normwise.explain.requested", lambda: "triton")
+    found = layer.explain(shape)
+    assert found.kernel == "triton"
+    assert found.reason.endswith(done)

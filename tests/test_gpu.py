@@ -20,10 +20,9 @@ from benchmarks.gpu import cases, contenders, truth
 from normwise.bench import layers
 from normwise.bench.cases import Case
 from normwise.bench.operations import Entrant, found_by, state_of
-from normwise.kernels import prepare
+from normwise.kernels import launch, prepare
 from normwise.kernels import run as running
-from normwise.kernels.gpu import launch
-from normwise.kernels.gpu.launch import LIMITS, Limits
+from normwise.kernels.launch import LIMITS, Limits
 from normwise.moments import Moments
 from tests import compiled as calls
 from tests.compiled import DTYPES, WORDS, Call, Found, Numbers, Word, compiled

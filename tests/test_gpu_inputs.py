@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import normwise as nw
 from normwise import L2, RMS, Affine, Norm, OffsetScale, Scale, Standardize
-from normwise.kernels.gpu.launch import LIMITS, Limits
+from normwise.kernels.launch import LIMITS, Limits
 from normwise.pattern import parse
 from normwise.pointwise import Activation
 from tests.catalogue import REMEMBERING, Case, randomize

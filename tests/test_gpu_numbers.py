@@ -14,10 +14,9 @@ from torch import Tensor
 
 import normwise as nw
 from normwise import L2, RMS, Affine, Norm, Standardize
-from normwise.kernels import prepare
+from normwise.kernels import launch, prepare
 from normwise.kernels import run as running
-from normwise.kernels.gpu import launch
-from normwise.kernels.gpu.launch import LIMITS, Limits
+from normwise.kernels.launch import LIMITS, Limits
 from tests.catalogue import Family
 from tests.hard_inputs import (
     CONSTANTS,

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from normwise import L2, RMS, Affine, OffsetScale, Scale, Standardize
 from normwise import functional as ours
-from normwise.kernels.gpu.launch import LIMITS, Limits
+from normwise.kernels.launch import LIMITS, Limits
 from normwise.pattern import parse
 from tests import compiled as calls
 from tests.catalogue import CASES, FAMILIES, LAYOUTS, Case, Family

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks import tune_launch
-from normwise.kernels.gpu import launch
+from normwise.kernels import launch
 from tests.gpu_stubs import EVALUATE, ROWS, Fake, interpreted
 
 

@@ -5,7 +5,7 @@ Nothing depends on how many columns there are, so that the result for a column n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 
 from normwise.kernels.backends import Request
 from normwise.kernels.geometry import Geometry, Misfit, geometry_of, is_dense
+from normwise.kernels.launch import layout_of, view_of
 from normwise.kernels.reference import Use
 from normwise.normalizers import L2, RMS, Normalizer, Standardize
 from normwise.plan import Over, Plan, becomes_contiguous, memory_word
@@ -70,7 +71,8 @@ def choose(
         return plainly(found.reason)
     word = memory_word(plan, read) or "one element"
     backend = compiled[device]
-    return Choice(backend, f"{_WRITTEN_IN[backend]} for {word}{copied}, {_work(found, dtype, use)}", found)
+    done = "normalized by what is remembered" if use == "instead" else _DONE[backend](found)
+    return Choice(backend, f"{_WRITTEN_IN[backend]} for {word}{copied}, {_columns(found, dtype)}: {done}", found)
 
 
 def is_operator(choice: Choice, elements: int, use: Use | None) -> bool:
@@ -83,17 +85,30 @@ def plainly(reason: str) -> Choice:
     return Choice("reference", f"plain torch operations, because {reason}")
 
 
-def _work(geometry: Geometry, dtype: torch.dtype, use: Use | None) -> str:
-    """What a kernel has in hand, and what it does with it."""
+def _columns(geometry: Geometry, dtype: torch.dtype) -> str:
+    """How long columns are, and how they lie."""
     _, rows, columns, run = geometry.sizes
     size = readable(rows * run * dtype.itemsize)
     if geometry.by_runs:
-        what = f"columns of {size} in {'one run' if rows == 1 else f'{rows} runs'}"
-    else:
-        what = f"{columns} columns of {size} side by side"
-    if use == "instead":
-        return f"{what}: normalized by what is remembered"
-    return f"{what}: measured, then normalized from the cache if they fit"
+        return f"columns of {size} in {'one run' if rows == 1 else f'{rows} runs'}"
+    return f"{columns} columns of {size} side by side"
+
+
+def _on_cpu(_: Geometry) -> str:
+    return "measured, then normalized from the cache if they fit"
+
+
+def _on_gpu(geometry: Geometry) -> str:
+    """Whether a program holds whole columns, and otherwise in how many parts they are measured."""
+    _, r0, _, r1 = view_of(geometry).sizes
+    layout = layout_of(r0, r1, backward=False)
+    if layout.is_resident:
+        beside = f"{layout.tile.k} at a time " if layout.tile.k > 1 else ""
+        return f"held {beside}by one program, read once"
+    return f"measured in {layout.parts} parts, then normalized from the cache"
+
+
+_DONE: dict[str, Callable[[Geometry], str]] = {"cpu": _on_cpu, "triton": _on_gpu}
 
 
 def readable(count: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from triton import language as tl
 
-from normwise.kernels.gpu.launch import View, unit
+from normwise.kernels.launch import View, unit
 
 
 class Known(NamedTuple):

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from normwise.kernels import launch
 from normwise.kernels.choose import NORMALIZERS
 from normwise.kernels.geometry import Geometry
-from normwise.kernels.gpu import divided_backward, divided_forward, launch, resident
+from normwise.kernels.gpu import divided_backward, divided_forward, resident
 from normwise.kernels.gpu.arguments import (
     NO_MASK,
     BackwardTensors,
@@ -22,7 +23,7 @@ from normwise.kernels.gpu.arguments import (
     parameter_places,
     sizes_of,
 )
-from normwise.kernels.gpu.launch import Device, Grid, Layout, grid_of, layout_of, sums_shape, view_of
+from normwise.kernels.launch import Device, Grid, Layout, grid_of, layout_of, sums_shape, view_of
 from normwise.kernels.prepared import (
     Forward,
     Given,
