@@ -7,6 +7,7 @@ Examples know `torch`, `nw`, and normwise's public names. Where there is no GPU,
 from __future__ import annotations
 
 import os
+from collections import Counter
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -39,6 +40,19 @@ def _names() -> dict[str, Any]:
     """What an example knows without importing it."""
     loaded = {name: getattr(nw, name) for name in nw.__all__ if name not in ("Study", "tune")}  # these need packages
     return {**loaded, "torch": torch, "nw": nw}
+
+
+_COVERED = 2
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Coverage is taken of a test's first cases: the others run other numbers through the same lines, faster unseen."""
+    cases: Counter[str] = Counter()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        cases[test] += 1
+        if cases[test] > _COVERED:
+            item.add_marker("no_cover")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

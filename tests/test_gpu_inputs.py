@@ -24,7 +24,7 @@ from tests.interpreted import DIVIDED, WAYS, every_way, interpreted, needs_inter
 from tests.test_cpu_inputs import LAYERS, LAYOUTS, SHAPE, gradients, same
 from tests.tolerances import GRADIENTS, MEMORY, SUMMED, VALUES, check
 
-pytestmark = needs_interpreter
+pytestmark = [needs_interpreter, pytest.mark.no_cover]  # the interpreter takes twice as long when it is watched
 PATTERNS = (
     ("n [d]", {"n": 4, "d": 35}, "d"),
     ("[n] c [l]", {"n": 4, "c": 3, "l": 11}, "c"),

@@ -47,7 +47,10 @@ every_centering_family = pytest.mark.parametrize("family", CENTERING, ids=str)
 every_way = pytest.mark.parametrize("limits", [HELD, DIVIDED], ids=["held", "divided"])
 
 # The interpreter's numpy warns where numbers leave float's range, as some are meant to; a GPU does not.
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning"),
+    pytest.mark.no_cover,  # the interpreter takes twice as long when it is watched
+]
 
 
 @pytest.fixture(autouse=True)

@@ -27,8 +27,8 @@ from tests.memory_order import output_strides
 from tests.tolerances import GRADIENTS, VALUES, check
 from tests.truth import errors, is_right
 
-pytestmark = needs_interpreter
-SAMPLE = {"held": 3, "divided": 1}  # calls of each word in each dtype
+pytestmark = [needs_interpreter, pytest.mark.no_cover]  # the interpreter takes twice as long when it is watched
+SAMPLE = {"held": 2, "divided": 1}  # calls of each word in each dtype
 MOST = 16  # programs of a call: interpreted, each takes some 6 ms
 SMALL = 200  # elements of a call
 WIDTHS = (1, 2, 3, 5, 17, 65)
