@@ -189,6 +189,8 @@ class Norm(Remembering):
             return None
         if residual.shape != x.shape or residual.stride() != x.stride() or residual.dtype is not x.dtype:
             return None
+        if residual.get_device() != x.get_device():  # a number, -1 on the CPU
+            return None
         ready, weight, bias = known
         if not fits(residual, None, None, ready.kernel):
             return None
@@ -197,12 +199,12 @@ class Norm(Remembering):
     def _known(self, x: Tensor) -> tuple[Ready, Tensor | None, Tensor | None] | None:
         """What the short way needs, and the recovery's parameters, if it can be taken.
 
-        Calls that can are known by what the checks look at: shape, strides, dtype and mode. What may change without
-        them, parameters, memory and whoever looks on, is looked at here.
+        Calls that can are known by what the checks look at: shape, strides, dtype, whether it is on the CPU, and mode.
+        What may change without them, parameters, memory and whoever looks on, is looked at here.
         """
         if being_traced() or type(x) not in PLAIN or x.layout is not _STRIDED:
             return None
-        ready: Ready | None = self.spec.ready.get((x.shape, x.stride(), x.dtype, self.training))
+        ready: Ready | None = self.spec.ready.get((x.shape, x.stride(), x.dtype, x.is_cpu, self.training))
         if ready is None:
             return None
         kernel, own = ready.kernel, self._parameters
@@ -212,7 +214,7 @@ class Norm(Remembering):
 
     def _prepare(self, x: Tensor, plan: Plan, use: Use | None) -> None:
         """Let calls like this one take the short way from now on."""
-        ready, key = self.spec.ready, (x.shape, x.stride(), x.dtype, self.training)
+        ready, key = self.spec.ready, (x.shape, x.stride(), x.dtype, x.is_cpu, self.training)
         known = ready.get(key)
         if key not in ready or (known is not None and known.use != use):
             if len(ready) >= _MOST_READY:
@@ -280,7 +282,7 @@ class Norm(Remembering):
 
 
 def _is_plain(x: Tensor) -> bool:
-    return type(x) in PLAIN and x.layout is _STRIDED and not being_traced()
+    return (x.is_cpu or x.is_cuda) and type(x) in PLAIN and x.layout is _STRIDED and not being_traced()
 
 
 def _check_residual(x: Tensor, residual: Tensor) -> None:

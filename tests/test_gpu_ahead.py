@@ -23,26 +23,18 @@ WIDEST = 128  # bits
 
 # Every kernel and every kind of layout, on each processor what differs there: (processor, dtype, cases).
 RUNS: dict[str, tuple[int, str, list[str]]] = {
-    "short rows": (90, "bf16", ["LayerNorm: 64", "LayerNorm: 4096", "RMSNorm, added: 4096"]),
-    "long rows": (90, "bf16", ["RMSNorm: 32768", "LayerNorm: 131072", "LayerNorm, masked: 4096"]),
-    "rows of fp32": (90, "fp32", ["LayerNorm: 8192", "LayerNorm: 32768", "LayerNorm, silu: 4096"]),
-    "batch norm": (90, "bf16", ["BatchNorm: 256x256x14x14", "BatchNorm: 8192x512", "BatchNorm, masked: 256x64x56x56"]),
+    "short rows": (90, "bf16", ["LayerNorm: 4096", "RMSNorm, added: 4096"]),
+    "long rows": (90, "bf16", ["LayerNorm: 131072", "LayerNorm, masked: 4096"]),
+    "rows of fp32": (90, "fp32", ["LayerNorm: 8192", "LayerNorm, silu: 4096"]),
+    "batch norm": (90, "bf16", ["BatchNorm: 256x256x14x14", "BatchNorm: 8192x512"]),
     "batch norm, fused": (
         90,
         "fp16",
-        [
-            "BatchNorm, silu: 256x64x56x56 channels last",
-            "BatchNorm, added: 256x64x56x56",
-            "BatchNorm, remembered: 256x64x56x56",
-        ],
+        ["BatchNorm, silu: 256x64x56x56 channels last", "BatchNorm, remembered: 256x64x56x56"],
     ),
     "groups": (90, "bf16", ["GroupNorm: 256x256x14x14", "GroupNorm: 64x256x56x56 channels last"]),
-    "images": (
-        90,
-        "fp32",
-        ["InstanceNorm: 256x256x14x14 channels last", "LayerNorm2d: 64x256x56x56"],
-    ),
-    "sm_80": (80, "fp32", ["BatchNorm: 256x64x56x56"]),
+    "images": (90, "fp32", ["InstanceNorm: 256x256x14x14 channels last", "LayerNorm2d: 64x256x56x56"]),
+    "sm_80": (80, "fp32", ["BatchNorm, added: 256x64x56x56"]),
     "sm_100": (100, "fp32", ["LayerNorm: 32768"]),
 }
 
@@ -56,7 +48,10 @@ def _missing() -> str:
     return "" if read_with.exists() else f"this Triton has no {read_with.name}"
 
 
-pytestmark = pytest.mark.skipif(bool(_missing()), reason=_missing())
+pytestmark = [
+    pytest.mark.skipif(bool(_missing()), reason=_missing()),
+    pytest.mark.no_cover,  # compiling takes half as long again when it is watched
+]
 
 
 def _compiled(processor: int, dtype: str, cases: list[str]) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -73,10 +72,11 @@ def backends() -> tuple[Backend, ...]:
 def compiled() -> Mapping[str, str]:
     """The backend whose kernels are taken, for each type of device that has one.
 
-    Those in Triton are taken when they are asked for by name, on a CPU when Triton interprets them: TRITON_INTERPRET=1.
+    Those in Triton are taken when they are asked for by name; on a CPU instead when Triton interprets them, by its own
+    switch, TRITON_INTERPRET=1.
     """
     if requested() == "triton":
-        return {"cuda": "triton", "cpu": "triton"} if _is_interpreted() else {"cuda": "triton"}
+        return {"cpu": "triton"} if _is_interpreted() else {"cuda": "triton"}
     return {} if extension is None else {"cpu": "cpu"}
 
 
@@ -121,7 +121,8 @@ def _triton() -> Backend:
     if missing:
         return Backend("triton", False, missing)
     where = "interpreted on the CPU, for tests" if _is_interpreted() else f"on {torch.cuda.get_device_name()}"
-    about = f"kernels in Triton {version('triton')}, {where}; taken when NORMWISE_BACKEND=triton asks for them"
+    version = import_module("triton").__version__
+    about = f"kernels in Triton {version}, {where}; taken when NORMWISE_BACKEND=triton asks for them"
     return Backend("triton", True, about)
 
 
@@ -129,7 +130,11 @@ def _why_no_triton() -> str:
     """Why its kernels cannot run, or nothing."""
     if find_spec("triton") is None:
         return "Triton is not installed: pip install 'normwise[gpu]'"
-    return "" if _is_interpreted() or torch.cuda.is_available() else "torch sees no CUDA device"
+    if _is_interpreted():
+        return ""
+    if torch.version.hip:
+        return "the kernels are for NVIDIA's GPUs, and this torch is for AMD's"
+    return "" if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
 def _is_interpreted() -> bool:

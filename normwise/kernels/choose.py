@@ -77,7 +77,7 @@ def choose(
 
 def is_operator(choice: Choice, elements: int, use: Use | None) -> bool:
     """Whether a chosen kernel runs under `torch.compile` as well; otherwise a layer dissolves into plain operations."""
-    return choice.geometry is not None and use is None and elements >= LEAST_COMPILED
+    return choice.kernel == "cpu" and use is None and elements >= LEAST_COMPILED
 
 
 def plainly(reason: str) -> Choice:
@@ -137,6 +137,8 @@ def _refusal(
     if request == "reference":
         return "NORMWISE_BACKEND=reference asks for them"
     if device not in compiled:
+        if request == "triton":
+            return f"NORMWISE_BACKEND=triton asks for kernels for GPUs, and the input is on {device}"
         return _MISSING.get(device, f"there is no kernel for {device} yet")
     if dtype not in DTYPES:
         return f"no kernel computes in {str(dtype).removeprefix('torch.')}"

@@ -143,7 +143,7 @@ class CpuKernel(Kernel):
     def _room(self, given: Given) -> Tensor:
         """Where the kernel puts the numbers of each column."""
         rows = 4 if given.valid is not None else 3 if given.remembers else 2 if self.centers else 1
-        return torch.empty((rows, self.columns), dtype=_WIDE)
+        return torch.empty((rows, self.columns), dtype=_WIDE, device="cpu")  # whatever the default device is
 
     def _addresses(self, statistics: Tensor, given: Given) -> tuple[int, int, int, int]:
         """Where the rows of the statistics begin; 0 for those that are not there, or not wanted."""

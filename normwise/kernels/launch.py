@@ -65,7 +65,7 @@ class Layout(NamedTuple):
         return min(2**16 // (32 * self.warps), 255)
 
     @property
-    def joined(self) -> int:
+    def joined_at_once(self) -> int:
         """Parts that a program joins at a time: no fewer than it has threads, each of which then has few of them."""
         return max(power_of_two(self.parts), 32 * self.warps // self.tile.k)
 

@@ -48,7 +48,7 @@ def pays(x: Tensor, steps: Steps) -> bool:
     """Whether a traced call becomes an operator: under `torch.compile`, and where that has been measured to win."""
     if not is_compiling() or is_exporting() or being_transformed():
         return False
-    if extension is None or requested() == "reference":
+    if extension is None or requested() not in ("auto", "cpu"):
         return False
     if steps.valid is not None or steps.recalled is not None or x.device.type != "cpu" or x.dtype not in DTYPES:
         return False

@@ -104,8 +104,11 @@ def ready_for(x: Tensor, steps: Steps, over: Over, use: Use | None, remembered: 
     if kernel is None or not (remembered is None or _in_order(kernel, remembered)):
         return None
     if not isinstance(kernel, CpuKernel):
+        from normwise.kernels.gpu.short import MOST_COLUMNS as MOST_ON_GPU
         from normwise.kernels.gpu.short import GpuReady
 
+        if kernel.columns > MOST_ON_GPU:
+            return None
         return GpuReady(kernel, x.stride(), use, has_memory=remembered is not None, is_copied=x is not given)
     if kernel.columns > MOST_COLUMNS:
         return None

@@ -1,4 +1,4 @@
-"""How a batch's statistics enter a memory, where they are: commit.py's arithmetic, by one program.
+"""How a batch's statistics enter a memory, where they are: commit.py's arithmetic in float32, by one program.
 
 The host learns nothing of it, and so waits for nothing: a batch that is not finite is counted where it is skipped.
 """
@@ -38,6 +38,7 @@ def commit(statistics, mean, spread, batches, skips, columns, divisor, rate, BLO
         taken = rate
         if batches is not None:
             count = tl.load(batches) + 1
+            tl.debug_barrier()  # all threads have loaded it before one of them stores
             tl.store(batches, count)
             taken = tl.where(rate < 0, 1.0 / count.to(tl.float32), rate)
         for first in range(0, columns, BLOCK):

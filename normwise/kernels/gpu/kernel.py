@@ -107,7 +107,7 @@ class GpuKernel(Kernel):
                 partial=tensors.statistics.new_empty((_ROWS_OF_PARTS, self.columns, layout.parts)),
                 counters=_counters(tensors.x, grid),
             )
-        told = {"PARTS": layout.joined, "ENLARGES": self.eps == 0, "IS_GIVEN": is_given}
+        told = {"PARTS": layout.joined_at_once, "ENLARGES": self.eps == 0, "IS_GIVEN": is_given}
         numbers = layout.tiles, layout.parts, grid.per_group, self.eps
         self._launch(divided_forward.forward, programs, layout, tensors, numbers, told)
 
@@ -165,7 +165,7 @@ class GpuKernel(Kernel):
                 sums=tensors.statistics.new_empty((2, self.columns)),
                 counters=_counters(tensors.x, grid),
             )
-        told = {"PARTS": layout.joined, "IS_GIVEN": is_given, "IS_MEASURED": is_measured}
+        told = {"PARTS": layout.joined_at_once, "IS_GIVEN": is_given, "IS_MEASURED": is_measured}
         numbers = layout.tiles, layout.parts, grid.per_group, grid.loop, self.eps
         self._launch(divided_backward.backward, programs, layout, tensors, numbers, told)
 

@@ -19,6 +19,7 @@ from normwise.moments import Moments
 from normwise.transforms import recomputing
 
 _REMEMBERED = Given(remembers=True)
+MOST_COLUMNS = 2**16  # autograd does not free their statistics with what it saved: 1.5 MB at most
 _BLOCK = 1024  # columns that the program of a commit takes at a time
 
 
@@ -66,6 +67,8 @@ class GpuReady(Ready):
         if samples < least or store.pool or store.samples is not None or memory.nonfinite != "skip":
             return False
         counters = [counter for counter in (batches, store.skips) if counter is not None]
+        if batches is not None and (batches.dtype is not torch.long or batches.numel() != 1):
+            return False
         if (rate is None and batches is None) or not all(_is_plain(counter, statistics) for counter in counters):
             return False
         if not self._lie_in_order(store.statistics, statistics):
