@@ -172,7 +172,7 @@ def _choice(spec: NormSpec, plan: Plan, x: Tensor, use: Use | None) -> Choice:
         return plainly(f"no kernel knows the tensor class {type(x).__name__}")
     if x.numel() == 0:
         return plainly("there is nothing to compute")
-    device = "cpu" if x.is_meta else x.device.type
+    device = next(iter(compiled()), "cpu") if x.is_meta else x.device.type
     choice = choose(
         plan,
         x.stride(),
