@@ -1,8 +1,8 @@
 """What the kernels are given, as named tuples: Triton passes them on as they are.
 
 Triton compiles anew where a number in a tuple becomes 1, or a multiple of 16. So sizes of the input are no part of one:
-another size of a batch compiles nothing, but for where strides of a mask are such numbers. What the compiler should know
-is a `constexpr`: which sizes and strides are 1, and what divides the size of the innermost axis.
+another size of a batch compiles nothing, but where strides of a mask are such numbers. What the compiler should know is
+a `constexpr`: which sizes and strides are 1, and what divides the size of the innermost axis.
 """
 
 from __future__ import annotations
