@@ -25,7 +25,6 @@ from normwise.norm import Norm
 from normwise.normalizers import L2, RMS, Standardize
 from normwise.record import Record
 from normwise.recoveries import Affine, OffsetScale, Scale
-from normwise.recurrent import GRU, LSTM, RNN
 
 if TYPE_CHECKING:
     from normwise.diagnose.activations import activations
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from normwise.diagnose.stable_lr import max_stable_lr
     from normwise.diagnose.thresholds import stability_threshold
     from normwise.kernels.backends import Backend, BackendError, backends
+    from normwise.recurrent import GRU, LSTM, RNN
     from normwise.study import Study, tune
     from normwise.surgery.adopt import adopt, release
     from normwise.surgery.converters import register_converter
@@ -117,6 +117,9 @@ __all__ = [
 
 _TUNING = ("Study", "tune")
 _LATER = {  # and where it is
+    "GRU": "recurrent",
+    "LSTM": "recurrent",
+    "RNN": "recurrent",
     "Backend": "kernels.backends",
     "BackendError": "kernels.backends",
     "Monitor": "diagnose.monitor",
@@ -142,7 +145,7 @@ _LATER = {  # and where it is
 
 
 def __getattr__(name: str) -> Any:
-    """Surgery, diagnoses and tuning are loaded when they are asked for: an import is fast, and needs torch alone."""
+    """Recurrent nets, surgery, diagnoses and tuning are loaded when they are asked for: an import is fast."""
     if name in _LATER:
         return getattr(import_module(f"normwise.{_LATER[name]}"), name)
     if name not in _TUNING:
