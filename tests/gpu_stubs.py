@@ -1,17 +1,14 @@
-"""A GPU that is the CPU, kernels in Triton that are interpreted, and layers of torch's that stand for normwise's."""
+"""A GPU that is the CPU, and layers of torch's that stand for normwise's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from normwise.bench import layers
 from normwise.bench.cases import Case, Pass
-from normwise.kernels import prepare
-from normwise.kernels import run as running
 
 LEARN, TRAIN, EVALUATE = Pass("training", backward=True), Pass("training"), Pass("evaluation")
 ROWS = Case("add_rms_norm", (3, 40), "bfloat16", "contiguous", LEARN)
@@ -54,20 +51,6 @@ class Fake:
             self.clock += next(turns)
 
         return call
-
-
-@contextmanager
-def interpreted() -> Iterator[None]:
-    """The kernels in Triton run, on the CPU, and nothing else does."""
-    if torch.cuda.is_available():
-        pytest.skip("Triton compiles for a GPU in this process")
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (prepare, running):
-            patch.setattr(module, "requested", lambda: "triton")
-        patch.setattr(prepare, "compiled", lambda: {"cpu": "triton"})
-        prepare._prepared.cache_clear()
-        yield
-    prepare._prepared.cache_clear()
 
 
 def torchs_alone(monkeypatch: pytest.MonkeyPatch) -> None:

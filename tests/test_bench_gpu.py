@@ -22,7 +22,8 @@ from normwise.bench import layers
 from normwise.bench.cases import LAYOUTS, OPERATIONS, Case
 from normwise.bench.operations import COPY, CUDNN, OURS, TORCH
 from normwise.bench.results import Outcome, read
-from tests.gpu_stubs import EVALUATE, IMAGES, LEARN, ROWS, TRAIN, Fake, interpreted, torchs_alone
+from tests.gpu_stubs import EVALUATE, IMAGES, LEARN, ROWS, TRAIN, Fake, torchs_alone
+from tests.interpreted import interpreted, needs_interpreter
 from tests.pages import Text, own
 
 
@@ -131,6 +132,7 @@ def test_one_operation_or_one_that_is_unknown(fake: Fake, tmp_path: Path, capsys
 # ---------------------------------------------------------------------------------------------------- the whole program
 
 
+@needs_interpreter
 def test_a_tiny_run_from_end_to_end(
     fake: Fake,
     briefly: None,
@@ -181,6 +183,7 @@ def test_a_wrong_layer_is_reported_and_never_timed(
     assert f"FAILED, not timed: {ROWS}: the output is off by 0." in capsys.readouterr().out
 
 
+@needs_interpreter
 def test_a_kernel_that_is_not_there_is_an_error_and_no_fallback(fake: Fake) -> None:
     case = replace(ROWS, dtype="float64")
     with interpreted():

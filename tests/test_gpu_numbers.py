@@ -14,8 +14,6 @@ from torch import Tensor
 
 import normwise as nw
 from normwise import L2, RMS, Affine, Norm, Standardize
-from normwise.kernels import launch, prepare
-from normwise.kernels import run as running
 from normwise.kernels.launch import LIMITS, Limits
 from tests.catalogue import Family
 from tests.hard_inputs import (
@@ -30,6 +28,7 @@ from tests.hard_inputs import (
     outlier,
     tight,
 )
+from tests.interpreted import interpreted, needs_interpreter
 from tests.test_cpu_numbers import KR, KRKR, PARAMETERS, RK, RMS_OF_RUNS
 from tests.tolerances import ROUNDINGS, SUMMED
 from tests.truth import errors, is_exact, is_right, is_right_beside_an_outlier, truth
@@ -46,29 +45,15 @@ every_family = pytest.mark.parametrize("family", [KR, RK, RMS_OF_RUNS], ids=str)
 every_centering_family = pytest.mark.parametrize("family", CENTERING, ids=str)
 every_way = pytest.mark.parametrize("limits", [HELD, DIVIDED], ids=["held", "divided"])
 
-# The interpreter's numpy warns where numbers leave float's range, as some are meant to; a GPU does not.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning"),
-    pytest.mark.no_cover,  # the interpreter takes twice as long when it is watched
-]
+pytestmark = [needs_interpreter, pytest.mark.no_cover]  # the interpreter takes twice as long when it is watched
 
 
 @pytest.fixture(autouse=True)
-def _interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every call goes to the kernels in Triton, and is refused where they do not take it."""
-    monkeypatch.setattr(prepare, "compiled", lambda: {"cpu": "triton"})
-    for module in (prepare, running):
-        monkeypatch.setattr(module, "requested", lambda: "triton")
-    prepare._prepared.cache_clear()
-    yield
-    prepare._prepared.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def _limited(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _interpreted(request: pytest.FixtureRequest) -> Iterator[None]:
     """Layouts follow from a test's `limits`."""
     parameters = getattr(request.node, "callspec", None)
-    monkeypatch.setattr(launch, "LIMITS", LIMITS if parameters is None else parameters.params.get("limits", LIMITS))
+    with interpreted(LIMITS if parameters is None else parameters.params.get("limits", LIMITS)):
+        yield
 
 
 def _beside(*matrices: Tensor) -> Tensor:
@@ -159,8 +144,6 @@ def test_an_outlier_that_alone_counts_in_its_tile(text: str, limits: Limits) -> 
 @every_precision
 @every_family
 def test_large_means_in_every_precision(family: Family, dtype: torch.dtype, limits: Limits) -> None:
-    if dtype is torch.bfloat16:
-        pytest.skip("Triton's interpreter does not round to bfloat16 as GPUs do: it cuts off")
     assert is_right(errors(family, far_away_in(dtype)))
 
 

@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 
 from benchmarks import tune_launch
 from normwise.kernels import launch
-from tests.gpu_stubs import EVALUATE, ROWS, Fake, interpreted
+from tests.gpu_stubs import EVALUATE, ROWS, Fake
+from tests.interpreted import interpreted, needs_interpreter
 
 
 def test_every_limit_is_swept_and_the_value_that_it_has_is_among_those() -> None:
@@ -22,6 +23,7 @@ def test_every_limit_is_swept_and_the_value_that_it_has_is_among_those() -> None
     assert len(tune_launch.tuned_cases()) == 36
 
 
+@needs_interpreter
 def test_a_sweep_from_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
