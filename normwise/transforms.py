@@ -11,6 +11,14 @@ from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_d
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # what a transform left behind: it has no address
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # of `torch.autograd.grad(..., is_grads_batched=True)`
+
+
+def is_mapped(gradient: Tensor) -> bool:
+    """Whether a gradient stands for many, or is followed by a transform, and so has no address."""
+    return is_wrapped(gradient) or _is_batched(gradient)
+
 
 def being_traced() -> bool:
     """Whether a compiler, a tracer, functorch or forward-mode differentiation follows the operations themselves."""

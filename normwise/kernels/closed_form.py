@@ -18,7 +18,7 @@ from normwise.normalizers import L2, RMS, Line, Normalizer, Standardize
 from normwise.pointwise import FUNCTIONS
 from normwise.recoveries import Affine, Recovery, Scale
 from normwise.sums import column_sum
-from normwise.transforms import being_traced, derivatives
+from normwise.transforms import being_traced, derivatives, is_mapped
 
 # The normalizers whose derivative this is; those that subtract a mean, and divide a sum of squares by the count; the
 # recoveries that it knows.
@@ -99,17 +99,18 @@ class _ClosedForm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_output: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         saved, (_, *wanted) = _load(ctx), ctx.needs_input_grad
-        differentiate = _by_definition if torch.is_grad_enabled() else _in_closed_form
-        return None, *differentiate(saved, d_output, wanted)
+        by_definition = torch.is_grad_enabled() or is_mapped(d_output)
+        return None, *(_by_definition if by_definition else _in_closed_form)(saved, d_output, wanted)
 
 
 def _by_definition(saved: _Saved, d_output: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """Differentiable gradients: those that autograd makes of the definition."""
+    """Differentiable gradients: those that autograd makes of the definition; also mapped over many cotangents."""
 
     def defined(x: Tensor, weight: Tensor | float | None, bias: Tensor | float | None) -> Tensor:
         return four_steps(x, saved.steps, _given(weight, bias)).output
 
-    return derivatives(defined, (saved.x, saved.weight, saved.bias), (d_output,), wanted)
+    with torch.enable_grad():
+        return derivatives(defined, (saved.x, saved.weight, saved.bias), (d_output,), wanted)
 
 
 def _in_closed_form(saved: _Saved, d_output: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from normwise.commit import Store
-from normwise.kernels.prepared import Given, Gradients, Kernel, by_definition, is_mapped, lying
+from normwise.kernels.prepared import Given, Gradients, Kernel, by_definition, lying
 from normwise.kernels.reference import Recalled, Use
 from normwise.memory import Memory
 from normwise.moments import Moments
+from normwise.transforms import is_mapped
 
 
 class Ready(ABC):
