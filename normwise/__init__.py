@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from normwise import functional, textbook
 from normwise.errors import (
     DiagnosisError,
+    GateError,
     MissingExtraError,
     NonFiniteError,
     NormwiseError,
@@ -63,6 +64,7 @@ __all__ = [
     "BatchNorm",
     "DiagnosisError",
     "Frozen",
+    "GateError",
     "GroupNorm",
     "InstanceNorm",
     "LayerNorm",

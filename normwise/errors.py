@@ -19,6 +19,10 @@ class ShapeError(NormwiseError, ValueError):
     """A tensor that does not fit the pattern: its rank, a dimension that cannot be split, a size that contradicts."""
 
 
+class GateError(NormwiseError, TypeError):
+    """A call that brings a gate where none is declared, or none where one is, or what cannot be a gate."""
+
+
 class TooFewSamplesError(NormwiseError, ValueError):
     """Fewer than two samples in a column that is to be standardized."""
 

@@ -41,6 +41,7 @@ class Explanation:
     remembered: dict[str, tuple[int, ...]]
     recovery: str | None
     activation: str | None
+    gate: str | None
     parameters: dict[str, tuple[int, ...]]
     word: str
     becomes_contiguous: bool
@@ -70,7 +71,7 @@ class Explanation:
             f"kernel       {self.kernel}: {self.reason}",
             *self._evaluation_lines(),
             *self._compiled_lines(),
-            f"traffic      at least {readable(self.bytes_moved)}: the input read once, the output written once",
+            f"traffic      at least {readable(self.bytes_moved)}: {self._read()} read once, the output written once",
         ]
         return "\n".join(lines)
 
@@ -79,8 +80,13 @@ class Explanation:
             return "contiguous, because the last axes lie apart in the input's memory"
         return "in the input's memory format"
 
+    def _read(self) -> str:
+        """What is read."""
+        return "the input" if self.gate is None else "the input and a gate of its dtype"
+
     def _recover_line(self) -> str:
         then = "" if self.activation is None else f", then {self.activation}"
+        then += "" if self.gate is None else f", times {self.gate} of a gate"
         return f"{self.recovery or 'nothing'}{then}{_shapes(self.parameters, ';')}"
 
     def _memory_lines(self) -> list[str]:
@@ -136,6 +142,7 @@ def explain(spec: NormSpec, shape: Sequence[int] | Tensor) -> Explanation:
         remembered={} if spec.memory is None else _over(spec.normalizer.remembers, spec.memory_over, plan),
         recovery=None if spec.recovery is None else spec.recovery.formula(),
         activation=spec.activation,
+        gate=spec.gate,
         parameters={} if spec.recovery is None else _over(tuple(spec.recovery.parameters), spec.parameter_over, plan),
         word=memory_word(plan, tensor.stride()),
         becomes_contiguous=becomes_contiguous(plan, tensor.stride()),
@@ -145,7 +152,7 @@ def explain(spec: NormSpec, shape: Sequence[int] | Tensor) -> Explanation:
         evaluation_reason=evaluation.reason,
         compiled=compiled[0],
         evaluation_compiled=compiled[1],
-        bytes_moved=2 * math.prod(plan.shape) * tensor.element_size(),
+        bytes_moved=(2 if spec.gate is None else 3) * math.prod(plan.shape) * tensor.element_size(),
     )
 
 

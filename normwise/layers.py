@@ -24,7 +24,7 @@ from normwise.named import Device, Named, Tracking, norm_options, torch_memory
 from normwise.norm import Norm
 from normwise.normalizers import RMS, Standardize
 from normwise.plan import Plan
-from normwise.pointwise import Activation
+from normwise.pointwise import Activation, Gate
 from normwise.recoveries import Affine, Recovery, Scale
 
 
@@ -46,6 +46,7 @@ class BatchNorm(Tracking, _BatchNorm):  # type: ignore[misc]  # eps is an attrib
         nonfinite: What becomes of a batch that is not finite: "skip", "raise" or "keep", as in `Moving`.
         degenerate: What becomes of a batch with one value a channel: "raise", or "memory" (as in evaluation).
         activation: Applied to the output in the same pass, as in `Norm`: "relu", "silu" or "gelu".
+        gate: The function of a gate that every call brings, as in `Norm`: an activation's name, or "sigmoid".
 
     Differences from torch: one class for every rank; statistics are exact for large means and magnitudes; a batch with
     non-finite statistics does not enter the moving ones; an empty batch gives an empty output.
@@ -73,9 +74,11 @@ class BatchNorm(Tracking, _BatchNorm):  # type: ignore[misc]  # eps is an attrib
         nonfinite: NonFinite = "skip",
         degenerate: Degenerate = "raise",
         activation: Activation | None = None,
+        gate: Gate | None = None,
     ) -> None:
         memory = torch_memory(momentum, nonfinite, degenerate)
-        self._declare("[n] c [...]", num_features, eps, affine, track_running_stats, memory, device, dtype, activation)
+        policies = track_running_stats, memory
+        self._declare("[n] c [...]", num_features, eps, affine, *policies, device, dtype, activation, gate)
 
 
 class InstanceNorm(Tracking, _InstanceNorm):  # type: ignore[misc]  # eps is an attribute in torch, a property here
@@ -94,6 +97,7 @@ class InstanceNorm(Tracking, _InstanceNorm):  # type: ignore[misc]  # eps is an 
         nonfinite: What becomes of a batch that is not finite: "skip", "raise" or "keep", as in `Moving`.
         degenerate: What becomes of a batch with one value a channel: "raise", or "memory" (as in evaluation).
         activation: Applied to the output in the same pass, as in `Norm`: "relu", "silu" or "gelu".
+        gate: The function of a gate that every call brings, as in `Norm`: an activation's name, or "sigmoid".
 
     Differences from torch: one class for every rank, always with the batch axis (torch takes (c, h, w) for one example;
     here three dimensions are always (n, c, l)); the memory format is kept.
@@ -120,9 +124,11 @@ class InstanceNorm(Tracking, _InstanceNorm):  # type: ignore[misc]  # eps is an 
         nonfinite: NonFinite = "skip",
         degenerate: Degenerate = "raise",
         activation: Activation | None = None,
+        gate: Gate | None = None,
     ) -> None:
         memory = torch_memory(momentum, nonfinite, degenerate)
-        self._declare("n c [...]", num_features, eps, affine, track_running_stats, memory, device, dtype, activation)
+        policies = track_running_stats, memory
+        self._declare("n c [...]", num_features, eps, affine, *policies, device, dtype, activation, gate)
 
     single_example_rank: int | None = None  # inputs of so many dimensions are one example; adopted layers take them
 
@@ -155,6 +161,7 @@ class LayerNorm(Named, nn.LayerNorm):  # type: ignore[misc]  # eps is an attribu
         bias: Whether the parameters include a bias.
         device, dtype: Of the parameters.
         activation: Applied to the output in the same pass, as in `Norm`: "relu", "silu" or "gelu".
+        gate: The function of a gate that every call brings, as in `Norm`: an activation's name, or "sigmoid".
 
     Differences from torch: right to float32's last digits for large means (torch loses 1e-3 at mean 1e4). The output is
     contiguous, as torch's is, where an example's features lie apart in memory, as in `x.permute(0, 2, 3, 1)` of
@@ -178,10 +185,11 @@ class LayerNorm(Named, nn.LayerNorm):  # type: ignore[misc]  # eps is an attribu
         dtype: torch.dtype | None = None,
         *,
         activation: Activation | None = None,
+        gate: Gate | None = None,
     ) -> None:
         shape, axes, sizes = _last_axes(normalized_shape)
         recovery = _affine(axes, elementwise_affine, bias)
-        options = norm_options(sizes, activation, device, dtype)
+        options = norm_options(sizes, activation, gate, device, dtype)
         Norm.__init__(self, f"... [{axes}]", Standardize(eps), recovery, **options)
         self.normalized_shape, self.elementwise_affine = shape, elementwise_affine
 
@@ -197,6 +205,7 @@ class RMSNorm(Named, nn.RMSNorm):
         elementwise_affine: Whether there is a weight, of `normalized_shape`.
         device, dtype: Of the weight.
         activation: Applied to the output in the same pass, as in `Norm`: "relu", "silu" or "gelu".
+        gate: The function of a gate that every call brings, as in `Norm`: an activation's name, or "sigmoid".
 
     Source: Zhang and Sennrich, arXiv:1910.07467.
 
@@ -215,10 +224,11 @@ class RMSNorm(Named, nn.RMSNorm):
         dtype: torch.dtype | None = None,
         *,
         activation: Activation | None = None,
+        gate: Gate | None = None,
     ) -> None:
         shape, axes, sizes = _last_axes(normalized_shape)
         recovery = _affine(axes, elementwise_affine, bias=False)
-        options = norm_options(sizes, activation, device, dtype)
+        options = norm_options(sizes, activation, gate, device, dtype)
         Norm.__init__(self, f"... [{axes}]", RMS(eps), recovery, **options)
         self.normalized_shape, self.elementwise_affine = shape, elementwise_affine
 
@@ -233,6 +243,7 @@ class GroupNorm(Named, nn.GroupNorm):  # type: ignore[misc]  # eps is an attribu
         affine: Whether there are weight and bias, (c,) each.
         device, dtype: Of the parameters.
         activation: Applied to the output in the same pass, as in `Norm`: "relu", "silu" or "gelu".
+        gate: The function of a gate that every call brings, as in `Norm`: an activation's name, or "sigmoid".
 
     Raises:
         ShapeError: the channels cannot be split into so many groups.
@@ -256,6 +267,7 @@ class GroupNorm(Named, nn.GroupNorm):  # type: ignore[misc]  # eps is an attribu
         dtype: torch.dtype | None = None,
         *,
         activation: Activation | None = None,
+        gate: Gate | None = None,
     ) -> None:
         if num_channels < 1:
             raise ShapeError(f"num_channels is a whole number from 1 on, not {num_channels}")
@@ -266,7 +278,7 @@ class GroupNorm(Named, nn.GroupNorm):  # type: ignore[misc]  # eps is an attribu
             )
         sizes = {"g": num_groups, "k": num_channels // num_groups}
         recovery = Affine("(g k)") if affine else None
-        options = norm_options(sizes, activation, device, dtype)
+        options = norm_options(sizes, activation, gate, device, dtype)
         Norm.__init__(self, "n (g [k]) [...]", Standardize(eps), recovery, **options)
         self.num_groups, self.num_channels, self.affine = num_groups, num_channels, affine
 
@@ -283,6 +295,7 @@ class LayerNorm2d(Named, nn.LayerNorm):  # type: ignore[misc]  # eps is an attri
         bias: Whether the parameters include a bias.
         device, dtype: Of the parameters.
         activation: Applied to the output in the same pass, as in `Norm`: "relu", "silu" or "gelu".
+        gate: The function of a gate that every call brings, as in `Norm`: an activation's name, or "sigmoid".
 
     Source: Ba, Kiros, Hinton, arXiv:1607.06450; over channels: Liu et al., arXiv:2201.03545.
 
@@ -302,9 +315,10 @@ class LayerNorm2d(Named, nn.LayerNorm):  # type: ignore[misc]  # eps is an attri
         dtype: torch.dtype | None = None,
         *,
         activation: Activation | None = None,
+        gate: Gate | None = None,
     ) -> None:
         recovery = _affine("c", elementwise_affine, bias)
-        options = norm_options({"c": num_channels}, activation, device, dtype)
+        options = norm_options({"c": num_channels}, activation, gate, device, dtype)
         Norm.__init__(self, "n [c] ...", Standardize(eps), recovery, **options)
         self.normalized_shape, self.elementwise_affine = (num_channels,), elementwise_affine
 
@@ -318,6 +332,7 @@ class RMSNorm2d(Named, nn.RMSNorm):
         elementwise_affine: Whether there is a weight, (c,).
         device, dtype: Of the weight.
         activation: Applied to the output in the same pass, as in `Norm`: "relu", "silu" or "gelu".
+        gate: The function of a gate that every call brings, as in `Norm`: an activation's name, or "sigmoid".
 
     Source: Zhang and Sennrich, arXiv:1910.07467.
 
@@ -336,9 +351,10 @@ class RMSNorm2d(Named, nn.RMSNorm):
         dtype: torch.dtype | None = None,
         *,
         activation: Activation | None = None,
+        gate: Gate | None = None,
     ) -> None:
         recovery = _affine("c", elementwise_affine, bias=False)
-        options = norm_options({"c": num_channels}, activation, device, dtype)
+        options = norm_options({"c": num_channels}, activation, gate, device, dtype)
         Norm.__init__(self, "n [c] ...", RMS(eps), recovery, **options)
         self.normalized_shape, self.elementwise_affine = (num_channels,), elementwise_affine
 

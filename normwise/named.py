@@ -10,7 +10,7 @@ import torch
 from normwise.memory import Average, Degenerate, Memory, Moving, NonFinite
 from normwise.norm import Norm
 from normwise.normalizers import RMS, Standardize
-from normwise.pointwise import Activation
+from normwise.pointwise import Activation, Gate
 from normwise.recoveries import Affine
 
 Device = torch.device | str | None
@@ -32,11 +32,11 @@ class Named(Norm):
         self.spec = replace(self.spec, normalizer=replace(normalizer, eps=cast("float", value)))
 
     def extra_repr(self) -> str:
-        """torch's, the activation, and the memory's formula."""
+        """torch's, the activation and the gate, and the memory's formula."""
         first = self._shown.index("eps")
         values = [repr(getattr(self, name)) for name in self._shown[:first]]
         values += [f"{name}={getattr(self, name)!r}" for name in self._shown[first:]]
-        return ", ".join(values + self._activation_note()) + self._memory_note()
+        return ", ".join(values + self._notes()) + self._memory_note()
 
 
 class Tracking(Named):
@@ -88,9 +88,10 @@ class Tracking(Named):
         device: Device,
         dtype: torch.dtype | None,
         activation: Activation | None,
+        gate: Gate | None,
     ) -> None:
         parts = Standardize(eps), Affine("c") if affine else None, memory if track_running_stats else None
-        options = norm_options({"c": num_features}, activation, device, dtype)
+        options = norm_options({"c": num_features}, activation, gate, device, dtype)
         Norm.__init__(self, pattern, *parts, **options)
         self.num_features, self.affine, self.track_running_stats = num_features, affine, track_running_stats
         self._momentum = memory.update_rate
@@ -100,10 +101,10 @@ class Tracking(Named):
 
 
 def norm_options(
-    sizes: dict[str, int], activation: Activation | None, device: Device, dtype: torch.dtype | None
+    sizes: dict[str, int], activation: Activation | None, gate: Gate | None, device: Device, dtype: torch.dtype | None
 ) -> dict[str, Any]:
     """`Norm`'s options by name."""
-    return {"activation": activation, "sizes": sizes, "device": device, "dtype": dtype}
+    return {"activation": activation, "gate": gate, "sizes": sizes, "device": device, "dtype": dtype}
 
 
 def torch_memory(momentum: float | None, nonfinite: NonFinite, degenerate: Degenerate) -> Memory:

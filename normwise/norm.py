@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normwise.errors import NonFiniteError, NormwiseError, PatternError, RecomputeError, ShapeError
+from normwise.errors import GateError, NonFiniteError, NormwiseError, PatternError, RecomputeError, ShapeError
 from normwise.explain import Explanation, explain
 from normwise.kernels.prepared import PLAIN, fits
 from normwise.kernels.reference import Steps, Use, wide_dtype
@@ -18,7 +18,7 @@ from normwise.masks import Lengths, valid_view
 from normwise.memory import Memory
 from normwise.normalizers import Normalizer, Standardize
 from normwise.plan import Plan, plan_for
-from normwise.pointwise import Activation
+from normwise.pointwise import Activation, Gate
 from normwise.recoveries import Recovery
 from normwise.remembering import Remembering
 from normwise.spec import NormSpec
@@ -28,7 +28,7 @@ from normwise.whereabouts import path_of
 _STRIDED = torch.strided
 _ELSEWHERE: Any = object()  # a parameter that is computed where it is asked for, which must be once a call
 _MOST_READY = 256  # kinds of calls that a declaration keeps what it has found out for
-_OPTIONS = ("self", "pattern", "normalizer", "recovery", "memory", "activation", "sizes", "device", "dtype")
+_OPTIONS = ("self", "pattern", "normalizer", "recovery", "memory", "activation", "gate", "sizes", "device", "dtype")
 
 
 class Norm(Remembering):
@@ -46,6 +46,8 @@ class Norm(Remembering):
             `Average("c")`, `Frozen("c")`. Default: nothing; evaluation then uses the batch's statistics too.
         activation: Applied to what step 3 gives, in the same pass: "relu", max(x, 0); "silu", x sigmoid(x); "gelu",
             x (1 + erf(x / sqrt(2))) / 2. Default: none.
+        gate: The function of a gate, a tensor that every call then brings (`norm(x, gate=g)`) and by whose function
+            the output is multiplied: an activation's name, or "sigmoid". Default: there is no gate.
         sizes: Axis sizes by name. Those of parameters and memories that are not given are found at the first call, as
             torch's lazy modules do it, or taken from a checkpoint.
         device: Of parameters and memory.
@@ -57,13 +59,14 @@ class Norm(Remembering):
             memory; but contiguous where the last axes are normalized over, by name, and lie apart in memory, as those
             of `x.permute(0, 2, 3, 1)` do.
 
-    Statistics are computed in float32 at least, and so are the parameters and the activation applied.
+    Statistics are computed in float32 at least, and so are the parameters, the activation and the gate applied.
 
     Raises:
         PatternError: at construction, with a caret under the culprit.
         ShapeError: at the call, when the input does not fit the pattern.
         TooFewSamplesError: at the call, when a column to be standardized has one sample.
-        ValueError: at construction, when there is no such activation.
+        ValueError: at construction, when there is no such activation, or function of a gate.
+        GateError: at the call, when it brings a gate and none is declared, or the other way about.
 
     >>> norm = Norm("[n] c [h w]", recovery=Affine("c"), memory=Moving("c", decay=0.9))
     >>> norm(torch.randn(8, 3, 4, 4)).shape
@@ -80,6 +83,7 @@ class Norm(Remembering):
         memory: Memory | None = None,
         *,
         activation: Activation | None = None,
+        gate: Gate | None = None,
         sizes: Mapping[str, int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -88,7 +92,7 @@ class Norm(Remembering):
         nn.Module.__init__(self)  # by name: in a named layer the next class in line is torch's, with another signature
         normalizer = Standardize() if normalizer is None else normalizer
         _check_parts(pattern, normalizer, recovery, memory, named_sizes)
-        spec = NormSpec(pattern, normalizer, recovery, memory, _joined(sizes, named_sizes), activation)
+        spec = NormSpec(pattern, normalizer, recovery, memory, _joined(sizes, named_sizes), activation, gate)
         for name in spec.pattern.names:
             if name in _OPTIONS:
                 raise spec.pattern.error(f"an axis cannot be called '{name}': that is an option of Norm", name)
@@ -100,6 +104,7 @@ class Norm(Remembering):
         input: Tensor,  # noqa: A002 - torch's layers name it so, and callers may too
         *,
         residual: Tensor | None = None,
+        gate: Tensor | None = None,
         valid: Tensor | None = None,
         valid_axes: str | None = None,
         lengths: Lengths | None = None,
@@ -109,6 +114,7 @@ class Norm(Remembering):
         Args:
             input: As the pattern says.
             residual: Added first, of the input's shape; the sum is returned as well: `y, s = norm(x, residual=r)`.
+            gate: Of the input's shape; the output is multiplied by the function of it that the layer declares.
             valid: A bool mask, True where an element counts. Padding never counts, in the batch's statistics or in
                 memory; its value, NaN included, never matters; outputs and gradients there are exactly 0.
             valid_axes: The axes that `valid` covers, as "n t", or "n ..."; if not said, the leading dimensions of the
@@ -131,7 +137,7 @@ class Norm(Remembering):
         >>> norm(x, lengths={"t": [3, 2]})[1, 2], norm.running_mean
         (tensor([0.]), tensor([3.]))
         """
-        if valid is None and valid_axes is None and lengths is None:
+        if valid is None and valid_axes is None and lengths is None and gate is None:
             found = self._shortly(input) if residual is None else self._sum_shortly(input, residual)
             if found is not None:
                 return found
@@ -140,7 +146,9 @@ class Norm(Remembering):
         try:
             if residual is not None:
                 _check_residual(input, residual)
-            output, total = self._normalize(input, residual, valid, valid_axes, lengths)
+            if gate is not None or self.spec.gate is not None:
+                self._check_gate(input, gate)
+            output, total = self._normalize(input, residual, gate, valid, valid_axes, lengths)
         except NormwiseError as error:
             path = "" if torch.compiler.is_compiling() else path_of(self)
             if path and not isinstance(error, (NonFiniteError, RecomputeError)):  # those say it themselves
@@ -161,12 +169,14 @@ class Norm(Remembering):
         """The declaration, sizes as found, and the memory's formula."""
         spec = self.spec
         parts = [repr(part) for part in (spec.text, spec.normalizer, spec.recovery, spec.memory) if part is not None]
-        parts += self._activation_note()
+        parts += self._notes()
         parts += [f"{name}={size}" for name, size in spec.sizes]
         return ", ".join(parts) + self._memory_note()
 
-    def _activation_note(self) -> list[str]:
-        return [] if self.spec.activation is None else [f"activation={self.spec.activation!r}"]
+    def _notes(self) -> list[str]:
+        """What is done after the recovery, as the options that declare it."""
+        options = {"activation": self.spec.activation, "gate": self.spec.gate}
+        return [f"{name}={value!r}" for name, value in options.items() if value is not None]
 
     def _memory_note(self) -> str:
         note = "" if self.spec.memory is None else f"; {self.spec.memory.formula()}"
@@ -221,10 +231,26 @@ class Norm(Remembering):
                 ready.clear()
             ready[key] = self._ready_for(x, plan, use)
 
+    def _check_gate(self, x: Tensor, gate: Tensor | None) -> None:
+        """Refuse a gate that is not declared, and one that is missing, or does not fit."""
+        declared = self.spec.gate
+        if declared is None:
+            raise GateError("this call brings a gate, and the layer declares none: make it with gate='silu'")
+        if gate is None:
+            raise GateError(f"the layer declares gate={declared!r}, and this call brings none: norm(x, gate=g)")
+        if not isinstance(gate, Tensor) or not gate.is_floating_point():
+            found = gate.dtype if isinstance(gate, Tensor) else type(gate).__name__
+            raise GateError(f"the gate is {found}, not a tensor of floating point")
+        if gate.shape != x.shape:
+            raise ShapeError(f"the gate has shape {tuple(gate.shape)}, the input {tuple(x.shape)}")
+        if gate.device != x.device:
+            raise ShapeError(f"the gate is on {gate.device}, the input on {x.device}")
+
     def _normalize(
         self,
         x: Tensor,
         residual: Tensor | None,
+        gate: Tensor | None,
         valid: Tensor | None,
         valid_axes: str | None,
         lengths: Lengths | None,
@@ -238,28 +264,36 @@ class Norm(Remembering):
             self._check_mask(mask, plan)
         ghost = None if spec.memory is None else spec.memory.ghost
         if ghost is None or x.shape[0] <= ghost or not self._measures():
-            return self._normalize_one(x, plan, mask, residual=residual)
+            return self._normalize_one(x, plan, mask, gate, residual=residual)
         total = None if residual is None else x + residual
-        return self._normalize_pieces(x if total is None else total, mask, -(-x.shape[0] // ghost)), total
+        return self._normalize_pieces(x if total is None else total, mask, gate, -(-x.shape[0] // ghost)), total
 
-    def _normalize_pieces(self, x: Tensor, mask: Tensor | None, pieces: int) -> Tensor:
+    def _normalize_pieces(self, x: Tensor, mask: Tensor | None, gate: Tensor | None, pieces: int) -> Tensor:
         """Sub-batches one after another, as equal in size as can be."""
         parts = x.tensor_split(pieces)
+        gates = [None] * pieces if gate is None else gate.tensor_split(pieces)
         masks = [mask] * pieces if mask is None or mask.shape[0] == 1 else mask.tensor_split(pieces)
         plans = [plan_for(self.spec.pattern, part.shape, self.spec.call_sizes) for part in parts]
         for part, part_mask in zip(plans, masks, strict=True):  # before any of them enters
             self._checked_use(part, part_mask)
         last = [False] * (pieces - 1) + [True]
         with self._all_or_nothing():
-            return torch.cat([self._normalize_one(*piece)[0] for piece in zip(parts, plans, masks, last, strict=True)])
+            given = zip(parts, plans, masks, gates, last, strict=True)
+            return torch.cat([self._normalize_one(*piece)[0] for piece in given])
 
     def _normalize_one(
-        self, x: Tensor, plan: Plan, mask: Tensor | None, is_last: bool = True, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        plan: Plan,
+        mask: Tensor | None,
+        gate: Tensor | None,
+        is_last: bool = True,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         use = self._checked_use(plan, mask)
         if self.spec.unknown:  # only now, so that an input that is refused leaves no sizes behind
             self._materialize_for(plan)
-        if mask is None and _is_plain(x):
+        if mask is None and gate is None and _is_plain(x):
             self._prepare(x, plan, use)
             found = (self._shortly(x), None) if residual is None else self._sum_shortly(x, residual)
             if found is not None and found[0] is not None:
@@ -273,9 +307,9 @@ class Norm(Remembering):
             recalled = self._recalled(
                 use, plan, wide_dtype(x), lambda: self._fingerprint(x, residual, plan, mask), mask
             )
-        steps = Steps(plan, spec.normalizer, spec.recovery, mask, recalled, spec.activation)
+        steps = Steps(plan, spec.normalizer, spec.recovery, mask, recalled, spec.activation, spec.gate)
         parameters = self._parameters_of_recovery()
-        result, total = run(x, steps, parameters, spec.parameter_over, residual, remembers=commits)
+        result, total = run(x, steps, parameters, spec.parameter_over, residual, gate, remembers=commits)
         if result.moments is not None and commits:
             self._enter(plan, result.moments, length, is_last=is_last)
         return result.output, total

@@ -32,7 +32,7 @@ def check_scannable(spec: NormSpec) -> None:
         PatternError: the pattern's axes are others than features, or batch, time and features; a recovery or memory
             names an axis that it cannot have.
         ShapeError: the features have a size.
-        NormwiseError: the memory needs the whole batch at once; there is an activation.
+        NormwiseError: the memory needs the whole batch at once; there is an activation, or a gate.
     """
     pattern = spec.pattern
     dims = [[axis.name for axis in dim] for dim in pattern.dims]
@@ -59,10 +59,9 @@ def check_scannable(spec: NormSpec) -> None:
         if name not in features:
             raise pattern.error(f"norm has the same parameters at every step, so none over '{name}'", name)
     _check_memory(spec, features)
-    if spec.activation is not None:
-        raise NormwiseError(
-            f"a cell applies functions of its own to what norm gives: leave out activation={spec.activation!r}"
-        )
+    for option, value in (("activation", spec.activation), ("gate", spec.gate)):
+        if value is not None:
+            raise NormwiseError(f"a cell applies functions of its own to what norm gives: leave out {option}={value!r}")
 
 
 def _check_memory(spec: NormSpec, features: set[str]) -> None:

@@ -13,18 +13,18 @@ from normwise.memory import Memory
 from normwise.normalizers import Normalizer
 from normwise.pattern import Pattern, check_known, parse, parse_names
 from normwise.plan import Over, Plan, Sizes
-from normwise.pointwise import Activation, check_activation
+from normwise.pointwise import Activation, Gate, check_functions
 from normwise.recoveries import Recovery
 
 
 @dataclass(frozen=True)
 class NormSpec:
-    """Pattern, normalizer, recovery, memory, the axis sizes known so far, and the activation after the recovery.
+    """Pattern, normalizer, recovery, memory, the axis sizes known so far, and what is done after the recovery.
 
     Raises:
         PatternError: the pattern cannot be read; a recovery, a memory or a size names an axis that is not there; a
             memory names an axis that is normalized over; nothing is normalized over.
-        ValueError: there is no such activation.
+        ValueError: there is no such activation, or function of a gate.
     """
 
     text: str
@@ -33,6 +33,7 @@ class NormSpec:
     memory: Memory | None = None
     sizes: Sizes = ()
     activation: Activation | None = None
+    gate: Gate | None = None  # the function of a gate that calls bring, by which the output is multiplied
     pattern: Pattern = field(init=False, repr=False, compare=False)
     parameter_over: Over = field(init=False, repr=False, compare=False)
     memory_over: Over = field(init=False, repr=False, compare=False)
@@ -44,7 +45,7 @@ class NormSpec:
     def __post_init__(self) -> None:
         pattern = parse(self.text)
         object.__setattr__(self, "pattern", pattern)
-        check_activation(self.activation)
+        check_functions(self.activation, self.gate)
         object.__setattr__(self, "sizes", checked_sizes(self.sizes))
         object.__setattr__(self, "parameter_over", () if self.recovery is None else parse_names(self.recovery.over))
         object.__setattr__(self, "memory_over", () if self.memory is None else parse_names(self.memory.over))
@@ -96,8 +97,9 @@ class NormSpec:
         return {**self.__dict__, "ready": {}}
 
     def __repr__(self) -> str:
-        """As a dataclass's; no activation is not mentioned."""
-        shown = [f.name for f in fields(self) if f.repr and (f.name != "activation" or self.activation is not None)]
+        """As a dataclass's; no activation and no gate are not mentioned."""
+        absent = {name for name in ("activation", "gate") if getattr(self, name) is None}
+        shown = [f.name for f in fields(self) if f.repr and f.name not in absent]
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     @property

@@ -44,7 +44,7 @@ from normwise.kernels.launch import Device
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEVICES = {80: Device(108, 40 * 2**20), 90: Device(132, 50 * 2**20), 100: Device(148, 126 * 2**20)}  # A100, H100, B200
-OF_ELEMENTS = ("x", "residual", "total", "y", "d_y", "d_total", "d_x")
+OF_ELEMENTS = ("x", "residual", "total", "gate", "y", "d_y", "d_total", "d_x", "d_gate")
 REGISTERS, THREADS, PROGRAMS = 2**16, 2048, 32  # of a processor, at most
 
 
@@ -57,6 +57,7 @@ class Case:
     side_by_side: int
     channels_last: bool = False
     residual: bool = False
+    gated: bool = False
     masked: bool = False
     evaluates: bool = False
 
@@ -70,6 +71,7 @@ LAYERS_OF_ROWS: dict[str, tuple[Callable[[int], Norm], dict[str, bool]]] = {
     "LayerNorm, silu": (lambda d: nw.LayerNorm(d, activation="silu"), {}),
     "LayerNorm, masked": (nw.LayerNorm, {"masked": True}),
     "RMSNorm, added": (nw.RMSNorm, {"residual": True}),
+    "RMSNorm, gated": (lambda d: nw.RMSNorm(d, gate="silu"), {"gated": True}),
 }
 LAYERS_OF_IMAGES: dict[str, tuple[Callable[[int], Norm], dict[str, bool]]] = {
     "BatchNorm": (nw.BatchNorm, {}),
@@ -195,13 +197,16 @@ def step(case: Case, dtype: torch.dtype) -> None:
     with torch.device("meta"):
         layer = case.make().train(not case.evaluates)
         layout = torch.channels_last if case.channels_last else torch.contiguous_format
-        x, residual = (torch.empty(case.shape, dtype=dtype).to(memory_format=layout) for _ in range(2))
+        x, residual, gate = (torch.empty(case.shape, dtype=dtype).to(memory_format=layout) for _ in range(3))
         options: dict[str, Tensor] = {"residual": residual} if case.residual else {}
+        if case.gated:
+            options["gate"] = gate.requires_grad_()
         if case.masked:
             options["valid"] = torch.empty(case.shape, dtype=torch.bool)
         outputs = layer(x.requires_grad_(), **options)
     outputs = outputs if case.residual else (outputs,)
-    torch.autograd.grad(outputs, [x, *layer.parameters()], [torch.empty_like(output) for output in outputs])
+    inputs = [x, *([gate] if case.gated else []), *layer.parameters()]
+    torch.autograd.grad(outputs, inputs, [torch.empty_like(output) for output in outputs])
 
 
 def compile_case(name: str, dtype: str, processor: int) -> list[Compiled]:

@@ -24,7 +24,7 @@ from normwise.moments import Moments
 from normwise.normalizers import Normalizer
 from normwise.pattern import parse, parse_names
 from normwise.plan import Over, Plan, make_plan
-from normwise.pointwise import Activation
+from normwise.pointwise import Activation, Gate
 from normwise.recoveries import Recovery
 from tests.settings import changed
 from tests.tolerances import KERNELS, KERNELS_GRADIENTS, KERNELS_MOMENTS, KERNELS_SUMS, Tolerance
@@ -32,6 +32,7 @@ from tests.tolerances import KERNELS, KERNELS_GRADIENTS, KERNELS_MOMENTS, KERNEL
 needs_kernels = pytest.mark.skipif(extension is None, reason="`normwise backends` says why there are no kernels")
 INSTRUCTION_SETS: list[str] = [] if extension is None else extension.instruction_sets()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GATES: tuple[Gate, ...] = ("silu", "sigmoid", "gelu", "relu")
 TAILS = (1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 511, 512, 513, 1023, 2049)
 EPS = 0.01
 NEAR_A_KINK = 1e-3  # where two right results may disagree on the side of it
@@ -86,6 +87,8 @@ class Call:
     wanted: tuple[bool, bool, bool, bool] = (True, True, True, True)  # gradients of x, residual, weight, bias
     unused: str = ""  # "output" or "sum": the one that has no gradient
     seed: int = 0
+    gate: Gate | None = None
+    wants_gate: bool = True  # its gradient
 
     @property
     def plan(self) -> Plan:
@@ -122,6 +125,7 @@ class Numbers(NamedTuple):
     recalled: tuple[Tensor, ...]
     d_output: Tensor
     d_sum: Tensor
+    gate: Tensor | None = None
 
 
 class Found(NamedTuple):
@@ -141,6 +145,13 @@ def drawn(word: Word, dtype: torch.dtype, count: int) -> Iterator[Call]:
         if call.choice().kernel == "cpu":
             count -= 1
             yield call
+
+
+def with_gates(calls: Iterator[Call]) -> Iterator[Call]:
+    """The calls, half of them with a gate, for kernels that multiply by its function."""
+    for call in calls:
+        name = GATES[call.seed // 2 % len(GATES)]
+        yield call if call.seed % 2 else replace(call, gate=name, wants_gate=call.seed % 3 > 0)
 
 
 def _draw(word: Word, dtype: torch.dtype, random_: random.Random) -> Call:
@@ -193,11 +204,14 @@ def numbers(call: Call) -> Numbers:
         out = ~valid.expand(plan.view).reshape(plan.shape)
         x[out] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e4])[torch.randint(4, (int(out.sum()),))].to(x.dtype)
         d_output[out] = torch.nan
+    gate = None if call.gate is None else torch.randn(plan.shape).to(call.parameters)
+    if gate is not None and valid is not None:
+        gate[out] = torch.nan
     result = Numbers(x, residual, parameters, valid, recalled, d_output, d_sum)
     if call.activation == "relu":
-        kinks = truth(replace(call, activation=None), result).output.abs() < NEAR_A_KINK
+        kinks = truth(replace(call, activation=None, gate=None), result).output.abs() < NEAR_A_KINK
         d_output[kinks.reshape(plan.shape)] = 0
-    return result._replace(d_output=d_output.to(call.dtype), d_sum=d_sum.to(call.dtype))
+    return result._replace(d_output=d_output.to(call.dtype), d_sum=d_sum.to(call.dtype), gate=gate)
 
 
 def _strided(parameter: Tensor) -> Tensor:
@@ -229,6 +243,8 @@ def compiled(call: Call, given: Numbers, *, alone: bool = True) -> Found:
     wanted = [*call.wanted[: 1 if residual is None else 2], *call.wanted[2:]]
     leaves = [tensor.detach().requires_grad_(wants) for tensor, wants in zip(inputs, wanted, strict=False)]
     parameters = leaves[len(leaves) - len(given.parameters) :]
+    gate = None if given.gate is None else given.gate.detach().requires_grad_(call.wants_gate)
+    leaves += [] if gate is None else [gate]
     steps = Steps(
         call.plan,
         call.normalizer,
@@ -236,6 +252,7 @@ def compiled(call: Call, given: Numbers, *, alone: bool = True) -> Found:
         given.valid,
         Recalled(given.recalled) if call.recalls else None,
         call.activation,
+        call.gate,
     )
     with only_compiled() if alone else nullcontext():
         result, total = running.run(
@@ -244,6 +261,7 @@ def compiled(call: Call, given: Numbers, *, alone: bool = True) -> Found:
             parameters,
             call.parameter_over,
             None if residual is None else leaves[1],
+            gate,
             remembers=not call.recalls,
         )
         outputs = {} if call.unused == "output" and total is not None else {result.output: given.d_output}
@@ -269,15 +287,19 @@ def truth(call: Call, given: Numbers) -> Found:
     values, moments = _normalized(call, view, valid, given.recalled)
     z = _recovered(call, values, parameters)
     output = (z if call.activation is None else getattr(F, call.activation)(z)).where(valid, 0.0)
+    gates = [] if given.gate is None else [given.gate.double().reshape(plan.view).where(valid, 0.0).requires_grad_()]
+    for gate in gates:
+        output = output * getattr(F, str(call.gate))(gate)
     unused = given.residual is not None and call.unused == "output"
     d_output = given.d_output.double().reshape(plan.view).where(valid, 0.0) * (not unused)
-    d_view, *d_parameters = torch.autograd.grad(output, [leaf, *parameters], d_output)
+    d_view, *d_others = torch.autograd.grad(output, [leaf, *parameters, *gates], d_output)
+    d_parameters, d_gates = d_others[: len(parameters)], [d.reshape(plan.shape) for d in d_others[len(parameters) :]]
     d_x = d_view.reshape(plan.shape)
     if given.residual is not None and call.unused != "sum":
         d_x = d_x + given.d_sum.double()
     inputs = zip((d_x, d_x), call.wanted[: 1 if given.residual is None else 2], strict=False)
-    gradients = [d for d, wants in (*inputs, *zip(d_parameters, call.wanted[2:], strict=False)) if wants]
-    return Found(output.detach().reshape(plan.shape), total, moments, gradients)
+    wanted = *inputs, *zip(d_parameters, call.wanted[2:], strict=False), *((d, call.wants_gate) for d in d_gates)
+    return Found(output.detach().reshape(plan.shape), total, moments, [gradient for gradient, wants in wanted if wants])
 
 
 def _normalized(call: Call, view: Tensor, valid: Tensor, recalled: Sequence[Tensor]) -> tuple[Tensor, Moments | None]:
@@ -353,6 +375,7 @@ def _tensors(given: Numbers) -> list[Tensor]:
             *given.recalled,
             given.d_output,
             given.d_sum,
+            given.gate,
         )
         if tensor is not None
     ]

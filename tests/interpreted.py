@@ -39,7 +39,10 @@ DIVIDED = Limits(held=32, held_back=16, divided=16, beside=2, least=8, parts=3, 
 WAYS = {"held": LIMITS, "divided": DIVIDED}
 every_way = pytest.mark.parametrize("limits", WAYS.values(), ids=WAYS)
 
-_FORWARD, _BACKWARD = {"total", "y", "statistics", "partial"}, {"d_x", "d_weight", "d_bias", "partial", "sums"}
+_FORWARD, _BACKWARD = (
+    {"total", "y", "statistics", "partial"},
+    {"d_x", "d_gate", "d_weight", "d_bias", "partial", "sums"},
+)
 _MADE = {
     "resident.forward": _FORWARD,
     "divided_forward.forward": _FORWARD,

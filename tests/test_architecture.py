@@ -39,6 +39,7 @@ RANKS = {
     "kernels.rows": 5,
     "kernels.launch": 5,
     "kernels.closed_form": 6,
+    "kernels.gated": 6,
     "kernels.choose": 6,
     "kernels.prepared": 6,
     "kernels.cpu": 7,

@@ -20,6 +20,8 @@ FORWARD, LEARN = Pass("evaluation"), Pass("training", backward=True)
         ("layer_norm", LEARN, "float32", 5 * 24),  # and read x, dy, write dx
         ("add_layer_norm", FORWARD, "float32", 4 * 24),  # read x, r, write y, s
         ("add_rms_norm", LEARN, "bfloat16", 8 * 12),  # and read s, dy, ds, write one gradient
+        ("gated_rms_norm", FORWARD, "float32", 3 * 24),  # read x, g, write y
+        ("gated_rms_norm", LEARN, "float32", 8 * 24),  # and read x, g, dy, write dx, dg
     ],
 )
 def test_bytes_by_hand(operation: str, what: Pass, dtype: str, expected: int) -> None:
@@ -77,7 +79,7 @@ def test_a_choice_of_ones_own() -> None:
         (
             Wanted(names=("layernorm",)),
             "op 'layernorm': there are resnet, convnext, llama, rms_norm, layer_norm, add_rms_norm, add_layer_norm, "
-            "batch_norm, batch_norm_relu, instance_norm, layer_norm_2d, group_norm",
+            "gated_rms_norm, batch_norm, batch_norm_relu, instance_norm, layer_norm_2d, group_norm",
         ),
         (Wanted(dtypes=("int8",)), "dtype 'int8': there are float32, bfloat16, float16, float64"),
         (Wanted(layouts=("nhwc",)), "layout 'nhwc': there are contiguous, channels_last"),  # type: ignore[arg-type]

@@ -102,7 +102,7 @@ def test_nothing_that_is_imported_first_imports_normwise() -> None:
 
 def test_every_case_that_has_a_floor_is_measured() -> None:
     found = cases.cases()
-    assert len(set(map(str, found))) == len(found) == 118
+    assert len(set(map(str, found))) == len(found) == 122
     for name in ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm"):
         of = [case for case in found if case.operation == name and case.dtype == "bfloat16"]
         lengths = sorted({case.shape[-1] for case in of})

@@ -304,3 +304,16 @@ def test_functional_call_is_the_layer_bit_for_bit_and_leaves_it_alone(case: Case
 def test_torch_cannot_map_a_training_batch_norm(make: type) -> None:
     with pytest.raises(RuntimeError, match="running_mean or running_var, which will be updated in place"):
         vmap(make(3))(torch.randn(2, 4, 3, *((5, 5) if make is nn.BatchNorm2d else ())))
+
+
+@every_small_case
+@either_mode
+def test_many_cotangents_at_once(case: Case, training: bool) -> None:
+    run, parameters = pure(layer_of(case, training))
+    inputs = (double(case.shape, requires_grad=True), *parameters)
+    y = run(*inputs)
+    cotangents = double(3, *y.shape)
+    mapped = torch.autograd.grad(y, inputs, cotangents, retain_graph=True, is_grads_batched=True)
+    for place, cotangent in enumerate(cotangents):
+        for one, wants in zip(mapped, torch.autograd.grad(y, inputs, cotangent, retain_graph=True), strict=True):
+            check(one[place], wants, DOUBLE)

@@ -182,7 +182,7 @@ REFUSED: dict[str, tuple[Build, tuple[int, ...], dict[str, str]]] = {
     ),
     "a mask": (
         lambda: wired(lambda m, x: m.c(m.b(m.c(x), valid=x[..., 0] > 0)), c=linear(), b=nw.BatchNorm(8)), ROWS,
-        {"b": "it is called with a mask, lengths or a residual"},
+        {"b": "it is called with a mask, lengths, a gate or a residual"},
     ),
     "an LSTM": (
         lambda: wired(lambda m, x: m.b(m.r(m.b(x).mT.mT)[0]), b=nn.RMSNorm(8), r=nn.LSTM(8, 8)), TOKENS,

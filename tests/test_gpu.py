@@ -105,7 +105,8 @@ def made(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Step, Tensor, 
 
 def on_device(call: Call, given: Numbers) -> Found:
     """What `compiled` gives of a call's tensors on the device, brought back."""
-    residual, valid = (None if tensor is None else tensor.to(WHERE) for tensor in (given.residual, given.valid))
+    some = given.residual, given.valid, given.gate
+    residual, valid, gate = (None if tensor is None else tensor.to(WHERE) for tensor in some)
     there = given._replace(
         x=given.x.to(WHERE),
         residual=residual,
@@ -114,6 +115,7 @@ def on_device(call: Call, given: Numbers) -> Found:
         recalled=tuple(tensor.to(WHERE) for tensor in given.recalled),
         d_output=given.d_output.to(WHERE),
         d_sum=given.d_sum.to(WHERE),
+        gate=gate,
     )
     found = compiled(call, there)
     moments = found.moments
@@ -128,11 +130,11 @@ def on_device(call: Call, given: Numbers) -> Found:
 @pytest.mark.parametrize("limits", [LIMITS, DIVIDED], ids=["held", "divided"])
 @pytest.mark.parametrize("word", WORDS, ids=str)
 def test_a_sample_of_all_calls(word: Word, limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks with the worst behind them, residuals, remembered statistics, activations, parameters of any dtype."""
+    """Masks with the worst behind them, residuals, remembered statistics, functions, gates, parameters of any dtype."""
     monkeypatch.setattr(launch, "LIMITS", limits)
     dtype = DTYPES[WORDS.index(word) % len(DTYPES)]
     monkeypatch.setattr(calls, "compiled", on_device)
-    for call in calls.drawn(word, dtype, SAMPLE):
+    for call in calls.with_gates(calls.drawn(word, dtype, SAMPLE)):
         calls.check_call(call)
 
 

@@ -23,7 +23,7 @@ WIDEST = 128  # bits
 
 # Every kernel and every kind of layout, on each processor what differs there: (processor, dtype, cases).
 RUNS: dict[str, tuple[int, str, list[str]]] = {
-    "short rows": (90, "bf16", ["LayerNorm: 4096", "RMSNorm, added: 4096"]),
+    "short rows": (90, "bf16", ["LayerNorm: 4096", "RMSNorm, added: 4096", "RMSNorm, gated: 4096"]),
     "long rows": (90, "bf16", ["LayerNorm: 131072", "LayerNorm, masked: 4096"]),
     "rows of fp32": (90, "fp32", ["LayerNorm: 8192", "LayerNorm, silu: 4096"]),
     "batch norm": (90, "bf16", ["BatchNorm: 256x256x14x14", "BatchNorm: 8192x512"]),

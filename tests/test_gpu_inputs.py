@@ -19,7 +19,7 @@ from normwise.kernels.launch import LIMITS, Limits
 from normwise.pattern import parse
 from normwise.pointwise import Activation
 from tests.catalogue import REMEMBERING, Case, randomize
-from tests.compiled import DTYPES, Call, check_call, compiled, numbers, plain
+from tests.compiled import DTYPES, GATES, Call, check_call, compiled, numbers, plain
 from tests.interpreted import DIVIDED, WAYS, every_way, interpreted, needs_interpreter
 from tests.test_cpu_inputs import LAYERS, LAYOUTS, SHAPE, gradients, same
 from tests.tolerances import GRADIENTS, MEMORY, SUMMED, VALUES, check
@@ -133,6 +133,38 @@ def test_recoveries_and_activations(place: int, activation: Activation | None, l
     call = replace(CALLS[place], recovery=RECOVERIES[place], activation=activation, normalizer=L2(0.01))
     with interpreted(limits):
         check_call(call if place else replace(call, over=""))
+
+
+@every_way
+@every_call
+def test_gates(call: Call, limits: Limits) -> None:
+    """With a mask, a residual, an activation and remembered statistics, and where only its gradient is wanted."""
+    nothing = (False,) * 4
+    changes = (
+        {"masked": parse(call.word.text).names, "parameters": torch.bfloat16},
+        {"residual": True, "activation": "silu", "dtype": torch.float16},
+        {"recalls": True, "wants_gate": False},
+        {"wanted": nothing},
+    )
+    with interpreted(limits):
+        for gate, change in zip(GATES, changes, strict=True):
+            check_call(replace(call, gate=gate, **change))
+
+
+@every_way
+def test_second_derivatives_with_a_gate(limits: Limits) -> None:
+    x, gate, dy, ddx, ddg = torch.randn(5, 3, 35)
+
+    def twice(norm: Norm, *given: Tensor) -> list[Tensor]:
+        x, gate, dy, ddx, ddg = (tensor.clone().requires_grad_() for tensor in given)
+        found = torch.autograd.grad(norm(x, gate=gate), [x, gate], dy, create_graph=True)
+        return [*found, *torch.autograd.grad(found, [x, gate, dy, *norm.parameters()], [ddx, ddg])]
+
+    with interpreted(limits):
+        found = twice(nw.LayerNorm(35, gate="silu"), x, gate, dy, ddx, ddg)
+    wide = (tensor.double() for tensor in (x, gate, dy, ddx, ddg))
+    for one, wants in zip(found, twice(nw.LayerNorm(35, gate="silu").double(), *wide), strict=True):
+        check(one.double(), wants, GRADIENTS)
 
 
 @every_way

@@ -21,7 +21,7 @@ from normwise.kernels.launch import LIMITS, Limits
 from normwise.pattern import parse
 from tests import compiled as calls
 from tests.catalogue import CASES, FAMILIES, LAYOUTS, Case, Family
-from tests.compiled import DTYPES, WORDS, Call, Word, check_call, drawn, numbers
+from tests.compiled import DTYPES, GATES, WORDS, Call, Word, check_call, drawn, numbers, with_gates
 from tests.interpreted import DIVIDED, WAYS, every_way, interpreted, layout, needs_interpreter
 from tests.memory_order import output_strides
 from tests.tolerances import GRADIENTS, VALUES, check
@@ -42,13 +42,13 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sample(way: str, word: Word, dtype: torch.dtype) -> Iterator[Call]:
-    """Random calls of few programs; divided ones if that is the way."""
+    """Random calls of few programs, some with a gate; divided ones if that is the way."""
 
     def suits(call: Call) -> bool:
         found, programs = layout(call, WAYS[way])
         return programs <= MOST and found.is_resident == (way == "held")
 
-    return islice(filter(suits, drawn(word, dtype, 1000)), SAMPLE[way])
+    return islice(filter(suits, with_gates(drawn(word, dtype, 1000))), SAMPLE[way])
 
 
 @every_dtype
@@ -71,6 +71,8 @@ def test_the_sample_has_every_feature(way: str) -> None:
     assert {type(call.normalizer) for call in found} == {Standardize, RMS, L2}
     assert {call.recovery for call in found} == {None, Scale, Affine, OffsetScale}
     assert {call.activation for call in found} == {None, "relu", "silu", "gelu"}
+    assert {call.gate for call in found} == {None, *GATES}
+    assert {call.wants_gate for call in found if call.gate} == {True, False}
     assert {call.parameters for call in found} == set(DTYPES)
     assert {call.unused for call in found} == {"", "output", "sum"}
     assert {call.wanted[0] for call in found} == {True, False}
@@ -101,7 +103,7 @@ DIVISIONS = (
 def test_parts_tiles_and_groups(text: str, sizes: dict[str, int], over: str, dtype: torch.dtype) -> None:
     call = calls.plain(text, sizes, over, dtype)
     with interpreted(DIVIDED) as watch:
-        check_call(replace(call, residual=True, activation="gelu", masked=tuple(sizes)))
+        check_call(replace(call, residual=True, activation="gelu", gate="silu", masked=tuple(sizes)))
     forward, backward = watch.launches
     assert (forward.kernel, backward.kernel) == ("divided_forward.forward", "divided_backward.backward")
     for launch in watch.launches:

@@ -44,6 +44,8 @@ def _all() -> Iterator[Case]:
         yield Case(name, rows(length), "bfloat16", "contiguous", what, compiled=length in _COMPILED)
     for name, layout, what in product(("layer_norm_2d", "group_norm", "instance_norm"), LAYOUTS, (_EVALUATE, _LEARN)):
         yield Case(name, IMAGES[2], "bfloat16", layout, what, compiled=layout == "contiguous")
+    for length, what in product(_COMPILED[:2], (_EVALUATE, _LEARN)):
+        yield Case("gated_rms_norm", rows(length), "bfloat16", "contiguous", what, compiled=True)
     for layout, what in product(LAYOUTS, (_TRAIN, _LEARN)):
         yield Case("batch_norm_relu", IMAGES[0], "bfloat16", layout, what, compiled=True)
     for shape, layout in product(IMAGES, LAYOUTS):

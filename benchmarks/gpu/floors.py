@@ -74,7 +74,7 @@ def backward_percent(forward: Outcome, both: Outcome) -> float:
     if not isinstance(of, Case) or not isinstance(of_both, Case):
         raise TypeError("a model has no bytes to count")
     seconds = both.timed[OURS].seconds.median - forward.timed[OURS].seconds.median
-    copied = (4 if of.adds else 2) * of.tensor_bytes / both.timed[COPY].seconds.median
+    copied = 2 * of.inputs * of.tensor_bytes / both.timed[COPY].seconds.median
     return 100 * (of_both.bytes - of.bytes) / seconds / copied
 
 

@@ -49,6 +49,7 @@ class Operation:
         ranks: How many dimensions an input may have.
         passes: What is run.
         adds: Whether a residual is added first, and the sum returned as well.
+        gated: Whether the output is multiplied by SiLU of a gate.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Operation:
     ranks: range
     passes: tuple[Pass, ...]
     adds: bool = False
+    gated: bool = False
 
     def __str__(self) -> str:
         return self.name.replace("_", " ")
@@ -69,6 +71,7 @@ OPERATIONS = {
         Operation("layer_norm", (*_ROWS, *_SMALL), _ANY, (_EVALUATE, _LEARN)),
         Operation("add_rms_norm", _ROWS, _ANY, (_EVALUATE, _LEARN), adds=True),
         Operation("add_layer_norm", _ROWS, _ANY, (_EVALUATE, _LEARN), adds=True),
+        Operation("gated_rms_norm", _ROWS, _ANY, (_EVALUATE, _LEARN), gated=True),
         Operation("batch_norm", (*_IMAGES, *_TABLE), _ANY, (_TRAIN, _EVALUATE, _LEARN)),
         Operation("batch_norm_relu", _IMAGES, _IMAGE, (_TRAIN, _LEARN)),
         Operation("instance_norm", _IMAGES, _IMAGE, (_EVALUATE, _LEARN)),
@@ -102,6 +105,16 @@ class Case:
         return OPERATIONS[self.operation].adds
 
     @property
+    def gated(self) -> bool:
+        """Whether the output is multiplied by SiLU of a gate."""
+        return OPERATIONS[self.operation].gated
+
+    @property
+    def inputs(self) -> int:
+        """How many tensors of the input's shape come in."""
+        return 2 if self.adds or self.gated else 1
+
+    @property
     def tensor_bytes(self) -> int:
         """Bytes of the input."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
@@ -112,9 +125,10 @@ class Case:
 
         A forward reads the input and writes the output: 2 tensors; with the add it reads the residual and writes the
         sum as well: 4. A backward reads the input and the output's gradient and writes the input's: 3 more; with the
-        add the gradient of the sum comes in as well, and one gradient serves input and residual: 4 more.
+        add the gradient of the sum comes in as well, and one gradient serves input and residual: 4 more. A gate is read
+        in both, and its gradient written: 3 and 5.
         """
-        forward, backward = (4, 4) if self.adds else (2, 3)
+        forward, backward = (4, 4) if self.adds else (3, 5) if self.gated else (2, 3)
         return self.tensor_bytes * (forward + backward * self.what.backward)
 
     def __str__(self) -> str:

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from normwise.bench.cases import Case
 from normwise.bench.layers import EPS, groups
@@ -33,10 +34,12 @@ def truth(case: Case, inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...],
     leaves = [_wide(x).requires_grad_(case.what.backward) for x in inputs]
     parameters = {name: wide[name].requires_grad_(case.what.backward) for name in ("weight", "bias") if name in wide}
     with torch.set_grad_enabled(case.what.backward):
-        total = sum(leaves[1:], leaves[0])
+        total = leaves[0] + leaves[1] if case.adds else leaves[0]
         output, memory = _recovered(case, total, wide)
         if case.operation == "batch_norm_relu":
             output = output.relu()
+        elif case.gated:
+            output = output * silu(leaves[1])
     outputs = (output, total) if case.adds else (output,)
     found = named_outputs(outputs) | memory
     if case.what.backward:
@@ -66,7 +69,7 @@ def named_outputs(outputs: tuple[Tensor, ...]) -> Found:
 
 def named_gradients(found: tuple[Tensor, ...], parameters: tuple[str, ...], case: Case) -> Found:
     """Gradients by name, the inputs' first."""
-    of = ("input", "residual") if case.adds else ("input",)
+    of = ("input", "residual" if case.adds else "gate")[: case.inputs]
     return {f"gradient of the {name}": gradient for name, gradient in zip((*of, *parameters), found, strict=True)}
 
 
@@ -116,7 +119,7 @@ def _recovered(case: Case, x: Tensor, state: Mapping[str, Tensor]) -> tuple[Tens
 
 def _normalized(case: Case, x: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, Found]:
     """The standardized input, and what is remembered of a training step."""
-    if case.operation in ("rms_norm", "add_rms_norm"):
+    if case.operation.endswith("rms_norm"):
         return x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt(), {}
     if case.operation == "group_norm":
         parts = x.reshape(len(x), groups(case.shape[1]), -1)
@@ -142,5 +145,5 @@ def _standardized(x: Tensor, over: tuple[int, ...]) -> Tensor:
 
 def _placed(parameter: Tensor, case: Case) -> Tensor:
     """A parameter where it broadcasts: over the last dimension, or over channels, the second."""
-    is_last = case.operation in ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
+    is_last = case.operation.endswith(("rms_norm", "layer_norm"))
     return parameter if is_last else parameter.reshape(-1, *[1] * (len(case.shape) - 2))

@@ -49,6 +49,22 @@ class Fused(Plain):
         return output
 
 
+class Multiplied(Plain):
+    """The output is multiplied by SiLU of a gate afterwards."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Outputs:  # type: ignore[override]  # one input more
+        """The gated output."""
+        return (self.norm(x) * F.silu(gate),)
+
+
+class Gated(Plain):
+    """The layer multiplies by SiLU of a gate."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Outputs:  # type: ignore[override]  # one input more
+        """The gated output."""
+        return (self.norm(x, gate=gate),)
+
+
 class Activated(Plain):
     """ReLU in place, as torchvision's networks have it."""
 
@@ -80,6 +96,7 @@ _OURS: dict[str, Callable[[Case], nn.Module]] = {
     "layer_norm": lambda case: Plain(catalogue.LayerNorm(case.shape[-1], EPS)),
     "add_rms_norm": lambda case: Fused(catalogue.RMSNorm(case.shape[-1], EPS)),
     "add_layer_norm": lambda case: Fused(catalogue.LayerNorm(case.shape[-1], EPS)),
+    "gated_rms_norm": lambda case: Gated(catalogue.RMSNorm(case.shape[-1], EPS, gate="silu")),
     "batch_norm": lambda case: Plain(catalogue.BatchNorm(case.shape[1], EPS)),
     "batch_norm_relu": lambda case: Plain(catalogue.BatchNorm(case.shape[1], EPS, activation="relu")),
     "instance_norm": lambda case: Plain(catalogue.InstanceNorm(case.shape[1], EPS, affine=True)),
@@ -91,6 +108,7 @@ _TORCHS: dict[str, Callable[[Case], nn.Module]] = {
     "layer_norm": lambda case: Plain(nn.LayerNorm(case.shape[-1], EPS)),
     "add_rms_norm": lambda case: Added(nn.RMSNorm(case.shape[-1], EPS)),
     "add_layer_norm": lambda case: Added(nn.LayerNorm(case.shape[-1], EPS)),
+    "gated_rms_norm": lambda case: Multiplied(nn.RMSNorm(case.shape[-1], EPS)),
     "batch_norm": lambda case: Plain(_TORCH_BATCH[len(case.shape)](case.shape[1], EPS)),
     "batch_norm_relu": lambda case: Activated(nn.BatchNorm2d(case.shape[1], EPS)),
     "instance_norm": lambda case: Plain(nn.InstanceNorm2d(case.shape[1], EPS, affine=True)),
@@ -125,7 +143,7 @@ def filled(layer: nn.Module, case: Case) -> nn.Module:
 
 
 def tensors(case: Case, device: torch.device | str = "cpu") -> tuple[Outputs, Outputs]:
-    """Inputs and the outputs' gradients of a case: one of each, or two where a residual is added."""
+    """Inputs and the outputs' gradients of a case."""
     generator = torch.Generator(device).manual_seed(0)
     form = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
 
@@ -133,7 +151,7 @@ def tensors(case: Case, device: torch.device | str = "cpu") -> tuple[Outputs, Ou
         x = torch.empty(case.shape, device=device).normal_(0.5, 1.5, generator=generator)
         return x.to(DTYPES[case.dtype]).contiguous(memory_format=form)
 
-    count = 2 if case.adds else 1
-    inputs, gradients = tuple(drawn() for _ in range(count)), tuple(drawn() for _ in range(count))
+    inputs = tuple(drawn() for _ in range(case.inputs))
+    gradients = tuple(drawn() for _ in range(2 if case.adds else 1))
     training = case.what.mode == "training"
     return tuple(x.requires_grad_(training) for x in inputs), gradients

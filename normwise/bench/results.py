@@ -72,7 +72,7 @@ class Outcome:
         """
         if isinstance(self.case, ModelCase):
             return None
-        copied = (4 if self.case.adds else 2) * self.case.tensor_bytes
+        copied = 2 * self.case.inputs * self.case.tensor_bytes
         return 100 * self.timed[contender].share.median * self.case.bytes / copied
 
 

@@ -146,7 +146,7 @@ def _limits(frame: Frame, output_at: int) -> Range | None:
 
 
 def _own_activation(layer: nn.Module | None) -> str | None:
-    return layer.spec.activation if isinstance(layer, Norm) else None
+    return layer.spec.activation if isinstance(layer, Norm) and layer.spec.gate is None else None
 
 
 def _bounds(layer: nn.Module | None) -> tuple[float, float] | None:

@@ -15,20 +15,18 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from normwise.kernels.geometry import Geometry, mask_shape
-from normwise.kernels.reference import Recalled, Steps, four_steps, placed
+from normwise.kernels.reference import Recalled, Steps, four_steps, gated, placed
 from normwise.moments import Moments
 from normwise.normalizers import L2, RMS, Standardize
 from normwise.plan import Over
 from normwise.recoveries import OffsetScale
-from normwise.transforms import derivatives
+from normwise.transforms import derivatives, is_mapped, is_wrapped
 
 Inputs: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # and residual, weight and bias
 Saved: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor]  # input, weight, bias and statistics
-Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # of input, weight and bias
+Gradients: TypeAlias = tuple[Tensor | None, ...]  # of input, weight and bias, and of the gate if the kernel has one
 
 PLAIN = (Parameter, Tensor)  # a class made of them may be anything
-_is_batched = torch._C._functorch.is_legacy_batchedtensor  # of `torch.autograd.grad(..., is_grads_batched=True)`
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # what a transform left behind has no address
 
 
 class Kernel(ABC):
@@ -40,6 +38,7 @@ class Kernel(ABC):
     )
 
     on_cpu: ClassVar[bool]  # where its tensors are
+    multiplies: ClassVar[bool] = False  # whether it multiplies by the function of a gate itself
 
     def __init__(self, steps: Steps, geometry: Geometry, over: Over, dtype: torch.dtype) -> None:
         self.steps, self.geometry, self.over, self.dtype = steps, geometry, over, dtype
@@ -62,7 +61,7 @@ class Kernel(ABC):
     def backward(
         self, given: Given, saved: Saved, d_output: Tensor, d_total: Tensor | None, wanted: tuple[bool, ...]
     ) -> Gradients:
-        """Those gradients of input, weight and bias that are wanted."""
+        """Those gradients of input, weight and bias, and of a gate, that are wanted."""
 
     @abstractmethod
     def moments(self, given: Given, statistics: Tensor) -> Moments | None:
@@ -76,6 +75,7 @@ class Given(NamedTuple):
     valid: Tensor | None = None  # shaped to broadcast against the view
     recalled: Recalled | None = None  # statistics used instead of the batch's
     remembers: bool = False  # whether the moments are wanted
+    gate: Tensor | None = None  # lies as the input does
 
 
 class Output(NamedTuple):
@@ -99,7 +99,7 @@ class Forward(NamedTuple):
 
 def fits(x: Tensor, weight: Tensor | None, bias: Tensor | None, kernel: Kernel) -> bool:
     """Whether the tensors are what the kernel may read: plain ones, where it runs, of the size that was prepared."""
-    if x.is_cpu is not kernel.on_cpu or not (kernel.on_cpu or x.is_cuda) or x.is_neg() or _is_wrapped(x):
+    if x.is_cpu is not kernel.on_cpu or not (kernel.on_cpu or x.is_cuda) or x.is_neg() or is_wrapped(x):
         return False
     for parameter in (weight, bias):
         if parameter is not None and not (
@@ -108,7 +108,7 @@ def fits(x: Tensor, weight: Tensor | None, bias: Tensor | None, kernel: Kernel) 
             and (kernel.on_cpu or parameter.device == x.device)
             and parameter.numel() == kernel.size
             and not parameter.is_neg()
-            and not _is_wrapped(parameter)
+            and not is_wrapped(parameter)
         ):
             return False
     return True
@@ -117,19 +117,19 @@ def fits(x: Tensor, weight: Tensor | None, bias: Tensor | None, kernel: Kernel) 
 def normalize_with(
     kernel: Kernel, given: Given, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> Output:
-    """A call with a residual, a mask, remembered statistics, or whose moments are wanted."""
-    inputs = (x, residual, weight, bias)
-    if not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)):
+    """A call with a residual, a mask, remembered statistics, a gate, or whose moments are wanted."""
+    inputs, gate = (x, residual, weight, bias), given.gate
+    if not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (*inputs, gate))):
         found = kernel.forward(given, inputs)
         return Output(found.output, found.total, kernel.moments(given, found.statistics))
-    outputs = _Compiled.apply(kernel, given, *inputs)  # type: ignore[no-untyped-call]
+    outputs = _Compiled.apply(kernel, given._replace(gate=None), *inputs, gate)  # type: ignore[no-untyped-call]
     output, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
     total = rest.pop(0) if given.residual else None
     return Output(output, total, kernel.moments(given, rest[0]) if given.remembers else None)
 
 
 class _Compiled(torch.autograd.Function):
-    """Input, residual, weight and bias -> output, sum of input and residual, statistics (not differentiable).
+    """Input, residual, weight, bias and gate -> output, sum of input and residual, statistics (not differentiable).
 
     The derivative is in closed form, as in closed_form.py; where a derivative of it is wanted, that of the definition.
     """
@@ -143,11 +143,12 @@ class _Compiled(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
+        gate: Tensor | None,
     ) -> Any:
-        found = kernel.forward(given, (x, residual, weight, bias))
+        found = kernel.forward(given._replace(gate=gate), (x, residual, weight, bias))
         recalled = () if given.recalled is None else given.recalled.statistics
         seen = x if found.total is None else found.total
-        ctx.save_for_backward(seen, weight, bias, found.statistics, given.valid, *recalled)
+        ctx.save_for_backward(seen, weight, bias, gate, found.statistics, given.valid, *recalled)
         ctx.kernel, ctx.given, ctx.strides = kernel, given._replace(valid=None), x.stride()
         ctx.set_materialize_grads(False)
         if not (given.residual or given.remembers):
@@ -164,29 +165,24 @@ class _Compiled(torch.autograd.Function):
     def backward(ctx: Any, d_output: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
         kernel: Kernel = ctx.kernel
         given: Given = ctx.given
-        x, weight, bias, statistics, valid, *recalled = ctx.saved_tensors
+        x, weight, bias, gate, statistics, valid, *recalled = ctx.saved_tensors
         x = lying(x, ctx.strides, x.dtype)
+        gate = None if gate is None else lying(gate, ctx.strides, gate.dtype)
         if given.recalled is not None:
             given = given._replace(recalled=given.recalled._replace(statistics=tuple(recalled)))
-        given = given if valid is None else given._replace(valid=valid)
+        given = given._replace(valid=valid, gate=gate)
         d_total = others[0] if given.residual else None
         wants_x, wants_residual, *wanted = ctx.needs_input_grad[2:]
+        wants = (wants_x or wants_residual, *(wanted[:2] if gate is None else wanted))
+        d_others: list[Tensor | None] = [None, None]
         if d_output is None:
-            d_x, d_weight, d_bias = d_total, None, None
+            d_x = d_total
         elif torch.is_grad_enabled() or is_mapped(d_output) or (d_total is not None and is_mapped(d_total)):
-            wants = (wants_x or wants_residual, *wanted)
-            d_x, d_weight, d_bias = by_definition(kernel, given, (x, weight, bias), d_output, wants)
+            d_x, *d_others = by_definition(kernel, given, (x, weight, bias), d_output, wants)
             d_x = d_total if d_x is None else d_x if d_total is None else d_x + d_total
         else:
-            wants = (wants_x or wants_residual, *wanted)
-            saved = (x, weight, bias, statistics)
-            d_x, d_weight, d_bias = kernel.backward(given, saved, d_output, d_total, wants)
-        return None, None, d_x if wants_x else None, d_x if wants_residual else None, d_weight, d_bias
-
-
-def is_mapped(gradient: Tensor) -> bool:
-    """Whether a gradient stands for many, or is followed by a transform, and so has no address."""
-    return _is_wrapped(gradient) or _is_batched(gradient)
+            d_x, *d_others = kernel.backward(given, (x, weight, bias, statistics), d_output, d_total, wants)
+        return None, None, d_x if wants_x else None, d_x if wants_residual else None, *[*d_others, None][:3]
 
 
 def by_definition(
@@ -194,11 +190,13 @@ def by_definition(
 ) -> tuple[Tensor | None, ...]:
     """Differentiable gradients: those that autograd makes of the definition; also mapped over many cotangents."""
     steps = kernel.steps._replace(valid=given.valid, recalled=given.recalled)
+    inputs = inputs if given.gate is None else (*inputs, given.gate)
 
-    def defined(x: Tensor, *parameters: Tensor | None) -> Tensor:
+    def defined(x: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None = None) -> Tensor:
         names = () if steps.recovery is None else steps.recovery.parameters
-        own = placed(steps.recovery, parameters[: len(names)], kernel.over, steps.plan, x)
-        return four_steps(x, steps, own).output
+        own = placed(steps.recovery, (weight, bias)[: len(names)], kernel.over, steps.plan, x)
+        output = four_steps(x, steps, own).output
+        return output if gate is None else gated(output, gate, steps)
 
     with torch.enable_grad():
         return derivatives(defined, inputs, (d_output,), wanted)

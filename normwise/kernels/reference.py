@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 from normwise.moments import Moments, only
 from normwise.normalizers import Line, Normalizer, Standardize
 from normwise.plan import Over, Plan, place
-from normwise.pointwise import FUNCTIONS, Activation
+from normwise.pointwise import FUNCTIONS, OF_GATES, Activation, Gate
 from normwise.recoveries import Affine, Recovery
 
 Parameters: TypeAlias = Sequence[Tensor | float]
@@ -46,6 +46,7 @@ class Steps(NamedTuple):
     valid: Tensor | None = None  # what counts, shaped to broadcast against the view
     recalled: Recalled | None = None
     activation: Activation | None = None  # of the recovered values
+    gate: Gate | None = None  # the function of a gate, by which the output is multiplied: `gated` does that
 
 
 class Result(NamedTuple):
@@ -87,6 +88,23 @@ def four_steps(x: Tensor, steps: Steps, parameters: Parameters = ()) -> Result:
         values = FUNCTIONS[steps.activation].apply(values)
     output = only(values, steps.valid).to(x.dtype).reshape(steps.plan.shape)
     return result._replace(output=output)
+
+
+def gated(output: Tensor, gate: Tensor, steps: Steps) -> Tensor:
+    """The output times the function of a gate.
+
+    Args:
+        output: Of the four steps, so 0 where nothing counts.
+        gate: Of the same shape, and of any dtype.
+        steps: What was done, with the function.
+    """
+    factor = OF_GATES[cast("Gate", steps.gate)].apply(counted(gate, steps).to(wide_dtype(output)))
+    return (output * factor).to(output.dtype)
+
+
+def counted(x: Tensor, steps: Steps) -> Tensor:
+    """What is of the input's shape, 0 where nothing counts."""
+    return x if steps.valid is None else only(x.reshape(steps.plan.view), steps.valid).reshape(x.shape)
 
 
 def placed(

@@ -10,9 +10,10 @@ from torch import Tensor
 from normwise.kernels import closed_form, operator
 from normwise.kernels.backends import BackendError, requested
 from normwise.kernels.cpu import CpuKernel
+from normwise.kernels.gated import multiply
 from normwise.kernels.geometry import is_dense
 from normwise.kernels.prepare import as_read, kernel_for
-from normwise.kernels.prepared import PLAIN, Given, Kernel, fits, normalize_with
+from normwise.kernels.prepared import PLAIN, Given, Kernel, fits, lying, normalize_with
 from normwise.kernels.reference import Result, Steps, Use, placed
 from normwise.kernels.short import Ready
 from normwise.kernels.short_cpu import MOST_COLUMNS, CpuReady
@@ -26,10 +27,11 @@ def run(
     parameters: Sequence[Tensor | None],
     over: Over,
     residual: Tensor | None = None,
+    gate: Tensor | None = None,
     *,
     remembers: bool = False,
 ) -> tuple[Result, Tensor | None]:
-    """Normalize the input, or its sum with a residual.
+    """Normalize the input, or its sum with a residual, and multiply by the function of a gate, if there is one.
 
     Args:
         x: The input, of the plan's shape.
@@ -37,6 +39,7 @@ def run(
         parameters: The recovery's, over the named axes; None: the values they start from.
         over: The axes.
         residual: Added first.
+        gate: Of the plan's shape, where the input is, in any dtype.
         remembers: Whether the batch's moments are wanted.
 
     Returns:
@@ -48,7 +51,7 @@ def run(
     x = _in_rows(x, steps.plan)
     if residual is not None and not _resembles(residual, x):
         x = total = x + residual
-        return run(x, steps, parameters, over, remembers=remembers)[0], total
+        return run(x, steps, parameters, over, gate=gate, remembers=remembers)[0], total
     weight, bias = [*parameters, None, None][:2]
     use = None if steps.recalled is None else steps.recalled.use
     kernel = None if being_traced() or x.numel() == 0 else kernel_for(x, steps, over, use)
@@ -57,14 +60,21 @@ def run(
         total = x if residual is None else x + residual
         if operator.pays(total, steps):
             result = operator.normalize(total, steps, weight, bias, remembers=remembers)
-            return result, None if residual is None else total
-        own = placed(steps.recovery, parameters, over, steps.plan, x)
-        return closed_form.run(total, steps, own), None if residual is None else total
-    given = Given(residual is not None, steps.valid, steps.recalled, remembers)
+        else:
+            result = closed_form.run(total, steps, placed(steps.recovery, parameters, over, steps.plan, x))
+        return _multiplied(result, gate, steps), None if residual is None else total
     x = as_read(x, x)
     residual = None if residual is None else as_read(residual, x)
+    given = Given(residual is not None, steps.valid, steps.recalled, remembers)
+    if gate is not None and kernel.multiplies and type(gate) in PLAIN:
+        given, gate = given._replace(gate=lying(gate, x.stride(), gate.dtype)), None
     output, total, moments = normalize_with(kernel, given, x, residual, weight, bias)  # type: ignore[assignment]
-    return Result(output, moments, None), total
+    return _multiplied(Result(output, moments, None), gate, steps), total
+
+
+def _multiplied(result: Result, gate: Tensor | None, steps: Steps) -> Result:
+    """The output times the function of a gate, if there is one."""
+    return result if gate is None else result._replace(output=multiply(result.output, gate, steps))
 
 
 def _in_rows(x: Tensor, plan: Plan) -> Tensor:

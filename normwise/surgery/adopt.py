@@ -79,7 +79,7 @@ def release(
     """Exchange normwise's layers for torch's: the way back from `adopt`.
 
     Arguments, record and errors are those of `adopt`. What torch has no layer for is left: a `Norm` declared by a
-    pattern, channels-first layer and RMS norms, layers with an activation, frozen layers, memories of several domains.
+    pattern, channels-first layer and RMS norms, layers with an activation or a gate, frozen ones, memories of domains.
     A `BatchNorm` becomes the class it was adopted from, or the one for the inputs that it sees in a forward.
 
     >>> record = nw.release(nn.Sequential(nw.LayerNorm(4)))
@@ -232,6 +232,8 @@ def _released(site: Site, ranks: dict[nn.Module, int]) -> Decision | None:
 def _no_equal(layer: Norm) -> str:
     if layer.spec.activation is not None:
         return f"torch has no normalization that applies '{layer.spec.activation}' as well"
+    if layer.spec.gate is not None:
+        return "torch has no normalization that takes a gate"
     if type(layer) in BY_RANK:
         return "whether torch's is the 1d, 2d or 3d one is not known: give a batch that reaches it"
     return f"torch has no equal of {type(layer).__name__}"

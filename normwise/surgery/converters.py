@@ -330,7 +330,7 @@ BY_RANK: dict[type[nn.Module], dict[int, Callable[..., nn.Module]]] = {
 
 def to_torch(layer: Norm, rank: int | None) -> nn.Module | None:
     """torch's layer with the same declaration and without values; None: there is none, or the rank is not known."""
-    if layer.spec.activation is not None:
+    if layer.spec.activation is not None or layer.spec.gate is not None:
         return None
     like: Any = layer
     options: dict[str, Any] = {"device": "meta"}

@@ -30,6 +30,7 @@ class Found:
         pattern: Its declaration; None where it is not known.
         sizes: The sizes of the pattern's axes that are known.
         activation: The one in its declaration, "relu", "silu" or "gelu"; None: there is none.
+        gate: The function of a gate in its declaration, an activation's name or "sigmoid"; None: there is none.
         parameters: Shapes by name.
         memory: For each remembered statistic its smallest and largest value; None: nothing is remembered.
         batches: How many batches have entered the memory; None: nobody counts.
@@ -47,6 +48,7 @@ class Found:
     pattern: str | None
     sizes: dict[str, int]
     activation: str | None
+    gate: str | None
     parameters: dict[str, tuple[int, ...]]
     memory: dict[str, tuple[float, float]] | None
     batches: int | None
@@ -121,6 +123,7 @@ def _found(site: Site, kind: Kind, flow: Flow | None) -> Found:
         pattern=None if spec is None else spec.text,
         sizes={} if spec is None else dict(spec.sizes),
         activation=None if spec is None else spec.activation,
+        gate=None if spec is None else spec.gate,
         parameters={name: _shape(parameter) for name, parameter in layer.named_parameters(recurse=False)},
         memory=dict(_memory(layer)) or None,
         batches=None if batches is None or batches.is_meta else int(batches.max()) if batches.numel() else 0,
@@ -149,6 +152,7 @@ def _row(found: Found) -> tuple[str, ...]:
     path = ", ".join([found.path, *found.also])
     pattern = found.pattern or f"? {found.reason}"
     pattern += "" if found.activation is None else f", then {found.activation}"
+    pattern += "" if found.gate is None else f", times {found.gate} of a gate"
     return path, found.layer, pattern, parameters, memory, calls, ", ".join(found.users)
 
 

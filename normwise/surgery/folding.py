@@ -65,7 +65,7 @@ class Subject:
         if any(self.layer.__dict__[hooks] for hooks in HOOKS):
             return "it has hooks"
         if not all(call.takes_only_its_input for call in self.calls):
-            return "it is called with a mask, lengths or a residual"
+            return "it is called with a mask, lengths, a gate or a residual"
         if self._is_called_without_batch:
             return "it is called without a batch"
         if getattr(self.layer, "domains", ()):

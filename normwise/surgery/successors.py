@@ -69,7 +69,7 @@ class Successors:
         if not memory:
             self._anew.append((old, new))
         kept = _keep(old, new, kind, memory=memory) if self._keeps_values else "it starts anew"
-        new = _with_activation(new, old, kind)
+        new = _with_gate(_with_activation(new, old, kind), kind)
         _inherit(old, new)
         return Decision(new, kept)
 
@@ -117,6 +117,21 @@ def _with_activation(new: nn.Module, old: Any, kind: Kind) -> nn.Module:
         new = _applying(kind.spec.activation, new)
     if isinstance(kind.converted, Activated) and not any(new.children()):
         return nn.Sequential(OrderedDict(norm=new, drop=old.drop, act=old.act))
+    return new
+
+
+def _with_gate(new: nn.Module, kind: Kind) -> nn.Module:
+    """A layer that takes the gate which the calls of the old one bring, if they bring one.
+
+    Raises:
+        SurgeryError: it is none of ours, and so takes no gate.
+    """
+    gate = None if kind.spec is None else kind.spec.gate
+    if gate is None:
+        return new
+    if not isinstance(new, Norm):
+        raise SurgeryError(f"{type(new).__name__} takes no gate, and the calls of the layer bring one")
+    new.spec = replace(new.spec, gate=new.spec.gate or gate)
     return new
 
 

@@ -56,9 +56,9 @@ def swap(
     """Exchange normalizations of one kind for another.
 
     Kept are gain and bias (the same parameters, where the new layer has them), device, dtype, mode, `requires_grad`,
-    hooks, an activation within the layer, and that a layer stands in several places; by a word also eps. A layer that
-    is what it is to become already stays. The model computes something else afterwards: a trained one needs training,
-    or after a swap to batch normalization at least recalibration; a warning says so.
+    hooks, an activation and a gate within the layer, and that a layer stands in several places; by a word also eps. A
+    layer that is what it is to become already stays. The model computes something else afterwards: a trained one needs
+    training, or after a swap to batch normalization at least recalibration; a warning says so.
 
     Args:
         model: A model, or a single layer, whose replacement is then `record.model`.
@@ -103,8 +103,8 @@ def swap(
 def renew(model: nn.Module, make: Callable[[int, Axis], nn.Module]) -> nn.Module:
     """The model with each normalization exchanged, in place, for a new one that starts anew.
 
-    Kept are device, dtype, mode, hooks, an activation within the layer, and that a layer stands in several places. A
-    layer that is only called a normalization, and of which nothing is known, stays.
+    Kept are device, dtype, mode, hooks, an activation and a gate within the layer, and that a layer stands in several
+    places. A layer that is only called a normalization, and of which nothing is known, stays.
 
     Args:
         model: A model, or a single layer.

@@ -52,6 +52,7 @@ class ForwardTensors(NamedTuple):
     y: Tensor
     weight: Tensor | None
     bias: Tensor | None
+    gate: Tensor | None
     mask: Tensor | None
     statistics: Tensor
     partial: Tensor | None = None
@@ -67,6 +68,8 @@ class BackwardTensors(NamedTuple):
     d_x: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    gate: Tensor | None
+    d_gate: Tensor | None
     mask: Tensor | None
     statistics: Tensor
     d_weight: Tensor | None

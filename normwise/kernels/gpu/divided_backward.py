@@ -14,6 +14,7 @@ from normwise.kernels.gpu.divided import (
     tiles_of,
     wait,
 )
+from normwise.kernels.gpu.elements import recovered_gradient, store_gate_gradient, store_gradient, through_statistics
 from normwise.kernels.gpu.tile import (
     COUNT,
     add_up,
@@ -25,11 +26,8 @@ from normwise.kernels.gpu.tile import (
     kept_row,
     parameters,
     positions,
-    recovered_gradient,
     sizes,
     slot_of,
-    store_gradient,
-    through_statistics,
 )
 
 TOTAL, ALONG = tl.constexpr(0), tl.constexpr(1)  # the rows of a column's sums of gradients
@@ -56,6 +54,7 @@ def backward(
     PARTS: tl.constexpr,
     NORMALIZER: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GATE: tl.constexpr,
     IS_GIVEN: tl.constexpr,
     IS_MEASURED: tl.constexpr,
 ):
@@ -71,7 +70,24 @@ def backward(
             block = group * per_group + within
             if block < shape[0] * k_blocks:
                 a, first_k = block // k_blocks, block % k_blocks * K
-                sum_part(t, shape, weights, valid, tiles, parts, a, first_k, part, eps, R, K, S, ACTIVATION, IS_GIVEN)
+                sum_part(
+                    t,
+                    shape,
+                    weights,
+                    valid,
+                    tiles,
+                    parts,
+                    a,
+                    first_k,
+                    part,
+                    eps,
+                    R,
+                    K,
+                    S,
+                    ACTIVATION,
+                    GATE,
+                    IS_GIVEN,
+                )
                 if is_last(t.counters, block, parts):
                     sum_parts(t, shape, parts, a, first_k, K, PARTS)
                     tell(t.counters, block)
@@ -98,6 +114,7 @@ def backward(
                     S,
                     NORMALIZER,
                     ACTIVATION,
+                    GATE,
                     IS_GIVEN,
                     True,
                 )
@@ -120,6 +137,7 @@ def backward(
             S,
             NORMALIZER,
             ACTIVATION,
+            GATE,
             IS_GIVEN,
             False,
         )
@@ -141,6 +159,7 @@ def sum_part(
     K: tl.constexpr,
     S: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GATE: tl.constexpr,
     IS_GIVEN: tl.constexpr,
 ):
     """The sums of a part's gradients of values, alone and times the values."""
@@ -156,7 +175,7 @@ def sum_part(
         at = ((a * r0 + r) * k1 + k) * r1 + s
         inside = counted(t.mask, valid, a, r, k, s, has_r, has_k, has_s)
         w, b = parameters(t.weight, t.bias, weights, a, r, k, s, has_r, has_k, has_s)
-        v, d = recovered_gradient(t, at, inside, has_r & has_k & has_s, line, w, b, ACTIVATION)
+        v, d, _d_gate = recovered_gradient(t, at, inside, has_r & has_k & has_s, line, w, b, ACTIVATION, GATE)
         total += d * w
         along += d * w * v
     columns = columns_of(shape) * parts
@@ -196,6 +215,7 @@ def differentiate_part(
     S: tl.constexpr,
     NORMALIZER: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GATE: tl.constexpr,
     IS_GIVEN: tl.constexpr,
     IS_MEASURED: tl.constexpr,
 ):
@@ -216,7 +236,8 @@ def differentiate_part(
             line = kept_line(t.statistics, columns_of(shape), column, has_k, eps, IS_GIVEN)
             w, b = parameters(t.weight, t.bias, weights, a, r, k_now, s, has_r, has_k, has_s)
             here = has_r & has_k & has_s
-            v, d = recovered_gradient(t, at, inside, here, line, w, b, ACTIVATION)
+            v, d, d_gate = recovered_gradient(t, at, inside, here, line, w, b, ACTIVATION, GATE)
+            store_gate_gradient(t, at, d_gate, here)
             of_weight += d * v
             of_bias += d
             if t.d_x is not None:

@@ -15,6 +15,7 @@ from normwise.kernels.gpu.divided import (
     tiles_of,
     wait,
 )
+from normwise.kernels.gpu.elements import store_output, values_of
 from normwise.kernels.gpu.tile import (
     COUNT,
     HIGH,
@@ -23,7 +24,6 @@ from normwise.kernels.gpu.tile import (
     SCALE,
     SQUARES,
     STANDARDIZE,
-    activated,
     column_sum,
     columns_of,
     counted,
@@ -43,7 +43,6 @@ from normwise.kernels.gpu.tile import (
     sizes,
     undone,
     valid_element,
-    values_of,
     wanted_scale,
 )
 
@@ -68,6 +67,7 @@ def forward(
     PARTS: tl.constexpr,
     NORMALIZER: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GATE: tl.constexpr,
     ENLARGES: tl.constexpr,
     IS_GIVEN: tl.constexpr,
 ):
@@ -95,6 +95,7 @@ def forward(
             K,
             S,
             ACTIVATION,
+            GATE,
             True,
         )
     else:
@@ -112,7 +113,7 @@ def forward(
             else:
                 wait(t.counters, block)
                 normalize_part(
-                    t, shape, weights, valid, tiles, parts, a, first_k, part, eps, R, K, S, ACTIVATION, False
+                    t, shape, weights, valid, tiles, parts, a, first_k, part, eps, R, K, S, ACTIVATION, GATE, False
                 )
 
 
@@ -230,6 +231,7 @@ def normalize_part(
     K: tl.constexpr,
     S: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GATE: tl.constexpr,
     IS_GIVEN: tl.constexpr,
 ):
     """Write a part of the output; of a sum with a residual what was written of it when it was measured is read."""
@@ -252,5 +254,4 @@ def normalize_part(
         else:
             x = read(t.total, None, at, here)
         w, b = parameters(t.weight, t.bias, weights, a, r, k, s, has_r, has_k, has_s)
-        y = activated(values_of(x, scale, high, low, inverse) * w + b, ACTIVATION)
-        tl.store(t.y + at, tl.where(inside, y, 0.0).to(t.y.dtype.element_ty), mask=here)
+        store_output(t, at, values_of(x, scale, high, low, inverse) * w + b, inside, here, ACTIVATION, GATE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -23,6 +22,7 @@ from normwise.kernels.gpu.arguments import (
     parameter_places,
     sizes_of,
 )
+from normwise.kernels.gpu.start import Started, facts, start
 from normwise.kernels.launch import Device, Grid, Layout, grid_of, layout_of, sums_shape, view_of
 from normwise.kernels.prepared import (
     Forward,
@@ -40,11 +40,10 @@ from normwise.kernels.prepared import (
 from normwise.kernels.reference import Recalled, Steps
 from normwise.moments import Moments
 from normwise.plan import Over
-from normwise.pointwise import FUNCTIONS
+from normwise.pointwise import OF_GATES
 
-_ACTIVATIONS = (None, *FUNCTIONS)  # in the order of tile.py
+_NAMED = (None, *OF_GATES)  # functions, in the order of tile.py
 _INTERPRETED = Device(processors=2, cache=2**16)  # as small as the tensors that one interprets kernels on
-_NOTHING: AbstractContextManager[None] = nullcontext()
 ROWS, _ROWS_OF_PARTS = 6, 5  # of a column's numbers
 
 
@@ -56,7 +55,20 @@ class GpuKernel(Kernel):
     """
 
     on_cpu: ClassVar[bool] = knobs.runtime.interpret
-    __slots__ = ("activation", "grids", "known", "layouts", "normalizer", "places", "samples", "sizes", "view")
+    multiplies: ClassVar[bool] = True
+    __slots__ = (
+        "activation",
+        "gate",
+        "grids",
+        "known",
+        "layouts",
+        "normalizer",
+        "places",
+        "samples",
+        "sizes",
+        "started",
+        "view",
+    )
 
     def __init__(self, steps: Steps, geometry: Geometry, over: Over, dtype: torch.dtype) -> None:
         super().__init__(steps, geometry, over, dtype)
@@ -67,8 +79,9 @@ class GpuKernel(Kernel):
         self.samples = float(r0 * r1)
         self.layouts = tuple(layout_of(r0, r1, launch.LIMITS, backward=backward) for backward in (False, True))
         self.grids: dict[tuple[torch.device, Layout, bool], Grid] = {}
+        self.started: Started = {}
         self.normalizer = NORMALIZERS.index(type(steps.normalizer))
-        self.activation = _ACTIVATIONS.index(steps.activation)
+        self.activation, self.gate = _NAMED.index(steps.activation), _NAMED.index(steps.gate)
 
     def forward(self, given: Given, inputs: Inputs) -> Forward:
         """Run the kernel, without autograd."""
@@ -78,18 +91,18 @@ class GpuKernel(Kernel):
             statistics = x.new_empty((ROWS, self.columns), dtype=torch.float32)
         else:
             statistics = self._recalled(given.recalled)
-        output, total = self.launch_forward(inputs, mask, statistics, is_given=given.recalled is not None)
+        output, total = self.launch_forward(inputs, mask, statistics, given.gate, is_given=given.recalled is not None)
         return Forward(output, total, statistics, weight, bias, mask)
 
     def launch_forward(
-        self, inputs: Inputs, mask: Tensor | None, statistics: Tensor, *, is_given: bool
+        self, inputs: Inputs, mask: Tensor | None, statistics: Tensor, gate: Tensor | None = None, *, is_given: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Output, and the sum of input and residual, if there is one; `statistics` are written, or given."""
         x, residual, weight, bias = inputs
         output = torch.empty_like(x)
         total = None if residual is None else torch.empty_like(x)
         read_weight, read_bias = self._read(weight), self._read(bias, offset=False)
-        tensors = ForwardTensors(x, residual, total, output, read_weight, read_bias, mask, statistics)
+        tensors = ForwardTensors(x, residual, total, output, read_weight, read_bias, gate, mask, statistics)
         layout = self.layouts[0]
         grid = self._grid(x, layout, adds_up=False)
         if layout.is_resident and not is_given:
@@ -114,12 +127,13 @@ class GpuKernel(Kernel):
     def backward(
         self, given: Given, saved: Saved, d_output: Tensor, d_total: Tensor | None, wanted: tuple[bool, ...]
     ) -> Gradients:
-        """Those gradients of input, weight and bias that are wanted."""
+        """Those gradients of input, weight and bias, and of the gate if there is one, that are wanted."""
         x = saved[0]
         mask = None if given.valid is None else mask_bytes(self, given.valid)
         d_output = lying(d_output, x.stride(), x.dtype)
         d_total = None if d_total is None else lying(d_total, x.stride(), x.dtype)
-        return self.launch_backward(saved, mask, (d_output, d_total), wanted, is_given=given.recalled is not None)
+        is_given = given.recalled is not None
+        return self.launch_backward(saved, mask, (d_output, d_total), wanted, given.gate, is_given=is_given)
 
     def launch_backward(
         self,
@@ -127,6 +141,7 @@ class GpuKernel(Kernel):
         mask: Tensor | None,
         d_outputs: tuple[Tensor, Tensor | None],
         wanted: tuple[bool, ...],
+        gate: Tensor | None = None,
         *,
         is_given: bool,
     ) -> Gradients:
@@ -134,7 +149,7 @@ class GpuKernel(Kernel):
         x, weight, bias, statistics = saved
         layout = self.layouts[1]
         grid = self._grid(x, layout, adds_up=wanted[1] or wanted[2])
-        sums = x.new_empty((sum(wanted[1:]), *sums_shape(self.view, layout, grid)), dtype=torch.float32)
+        sums = x.new_empty((sum(wanted[1:3]), *sums_shape(self.view, layout, grid)), dtype=torch.float32)
         left = iter(sums)
         tensors = BackwardTensors(
             x,
@@ -142,6 +157,8 @@ class GpuKernel(Kernel):
             torch.empty_like(x) if wanted[0] else None,
             self._read(weight),
             self._read(bias, offset=False),
+            gate,
+            None if gate is None or not wanted[3] else torch.empty_like(gate),
             mask,
             statistics,
             next(left) if wanted[1] else None,
@@ -152,8 +169,9 @@ class GpuKernel(Kernel):
         else:
             self._launch_divided_backward(tensors, layout, grid, is_given=is_given)
         found = iter(self._summed(sums))
-        d_weight, d_bias = (next(found) if is_wanted else None for is_wanted in wanted[1:])
-        return tensors.d_x, _returned(d_weight, weight), _returned(d_bias, bias)
+        d_weight, d_bias = (next(found) if is_wanted else None for is_wanted in wanted[1:3])
+        gradients = tensors.d_x, _returned(d_weight, weight), _returned(d_bias, bias)
+        return gradients if gate is None else (*gradients, tensors.d_gate)
 
     def _launch_divided_backward(self, tensors: BackwardTensors, layout: Layout, grid: Grid, *, is_given: bool) -> None:
         is_measured = not is_given and tensors.d_x is not None
@@ -187,27 +205,28 @@ class GpuKernel(Kernel):
         numbers: tuple[float, ...],
         told: Mapping[str, int],
     ) -> None:
-        """Start a kernel's programs on the tensors' device; `told` is for the compiler."""
-        mask = tensors.mask
+        """Start a kernel's programs; `told` is for the compiler."""
+        mask, tile = tensors.mask, layout.tile
         valid = NO_MASK if mask is None else mask_places(self.view, strides_of(mask.shape))  # type: ignore[arg-type]
-        tile = layout.tile
-        with current(tensors.x):
-            kernel[(programs,)](
-                tensors,
-                self.known,
-                self.places,
-                valid,
-                *self.sizes,
-                *numbers,
-                R=tile.r,
-                K=tile.k,
-                S=tile.s,
-                NORMALIZER=self.normalizer,
-                ACTIVATION=self.activation,
-                num_warps=layout.warps,
-                maxnreg=layout.registers,
+        start(
+            self.started,
+            (None if mask is None else mask.shape, *told.values(), *facts(tensors)),
+            kernel,
+            programs,
+            (tensors, self.known, self.places, valid, *self.sizes, *numbers),
+            {
+                "R": tile.r,
+                "K": tile.k,
+                "S": tile.s,
+                "NORMALIZER": self.normalizer,
+                "ACTIVATION": self.activation,
+                "GATE": self.gate,
                 **told,
-            )
+            },
+            x=tensors.x,
+            num_warps=layout.warps,
+            maxnreg=layout.registers,
+        )
 
     def _grid(self, x: Tensor, layout: Layout, *, adds_up: bool) -> Grid:
         key = x.device, layout, adds_up
@@ -251,12 +270,6 @@ def _returned(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | Non
 def _counters(x: Tensor, grid: Grid) -> Tensor:
     """The next ticket, and for each block how many of its parts are done, and whether they are joined."""
     return torch.zeros(1 + 2 * grid.blocks, dtype=torch.int32, device=x.device)
-
-
-def current(x: Tensor) -> AbstractContextManager[Any]:
-    """Make the tensor's device the current one, which Triton launches on."""
-    is_elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
-    return torch.cuda.device(x.device) if is_elsewhere else _NOTHING
 
 
 @lru_cache

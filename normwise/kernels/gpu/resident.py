@@ -11,11 +11,18 @@ in a fixed order.
 import triton
 from triton import language as tl
 
+from normwise.kernels.gpu.elements import (
+    recovered_gradient,
+    store_gate_gradient,
+    store_gradient,
+    store_output,
+    through_statistics,
+    values_of,
+)
 from normwise.kernels.gpu.tile import (
     COUNT,
     INVERSE,
     STANDARDIZE,
-    activated,
     add_up,
     column_sum,
     counted,
@@ -30,13 +37,9 @@ from normwise.kernels.gpu.tile import (
     parameters,
     positions,
     read,
-    recovered_gradient,
     sizes,
     slot_of,
-    store_gradient,
-    through_statistics,
     valid_element,
-    values_of,
     wanted_scale,
 )
 
@@ -58,6 +61,7 @@ def forward(
     S: tl.constexpr,
     NORMALIZER: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GATE: tl.constexpr,
     ENLARGES: tl.constexpr,
 ):
     """Measure and normalize a block of columns. What it is given is made by arguments.py."""
@@ -96,8 +100,7 @@ def forward(
     keep_row(t.statistics, INVERSE, columns, column, inverse, has_k)
 
     w, b = parameters(t.weight, t.bias, weights, a, r, k, s, has_r, has_k, has_s)
-    y = activated(values_of(x, scale, high, low, inverse) * w + b, ACTIVATION)
-    tl.store(t.y + at, tl.where(inside, y, 0.0).to(t.y.dtype.element_ty), mask=here)
+    store_output(t, at, values_of(x, scale, high, low, inverse) * w + b, inside, here, ACTIVATION, GATE)
 
 
 @triton.jit(do_not_specialize=["k0", "r0", "k1", "r1", "loop"])
@@ -116,6 +119,7 @@ def backward(
     S: tl.constexpr,
     NORMALIZER: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GATE: tl.constexpr,
 ):
     """The gradients of `loop` blocks of columns, one after another; 1 where parameters run along k."""
     k0, r0, k1, r1 = sizes(known, k0, r0, k1, r1)
@@ -135,7 +139,8 @@ def backward(
         inside = counted(t.mask, valid, a, r, k_now, s, has_r, has_k, has_s)
         line = kept_line(t.statistics, columns, column, has_k, 0.0, False)
         w, b = parameters(t.weight, t.bias, weights, a, r, k_now, s, has_r, has_k, has_s)
-        v, d = recovered_gradient(t, at, inside, here, line, w, b, ACTIVATION)
+        v, d, d_gate = recovered_gradient(t, at, inside, here, line, w, b, ACTIVATION, GATE)
+        store_gate_gradient(t, at, d_gate, here)
         of_weight += d * v
         of_bias += d
         if t.d_x is not None:

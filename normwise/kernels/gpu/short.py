@@ -10,7 +10,8 @@ from torch.autograd.graph import increment_version
 
 from normwise.commit import Store, is_unbiased
 from normwise.kernels.gpu.commit import commit
-from normwise.kernels.gpu.kernel import ROWS, GpuKernel, current
+from normwise.kernels.gpu.kernel import ROWS, GpuKernel
+from normwise.kernels.gpu.start import facts, start
 from normwise.kernels.prepared import Given, Gradients, shaped
 from normwise.kernels.reference import Recalled
 from normwise.kernels.short import Ready
@@ -74,18 +75,17 @@ class GpuReady(Ready):
         if not self._lie_in_order(store.statistics, statistics):
             return False
         *mean, spread = store.statistics
-        with current(statistics):
-            commit[(1,)](
-                statistics,
-                mean[0] if mean else None,
-                spread,
-                batches,
-                store.skips,
-                self.kernel.columns,
-                float(samples - is_unbiased(memory, remembers)),
-                -1.0 if rate is None else float(rate),
-                BLOCK=_BLOCK,
-            )
+        tensors = statistics, mean[0] if mean else None, spread, batches, store.skips
+        divisor, weight = float(samples - is_unbiased(memory, remembers)), -1.0 if rate is None else float(rate)
+        start(
+            self.kernel.started,
+            facts(tensors),
+            commit,
+            1,
+            (*tensors, self.kernel.columns, divisor, weight),
+            {"BLOCK": _BLOCK},
+            x=statistics,
+        )
         increment_version((*store.statistics, *counters))
         return True
 

@@ -1,4 +1,4 @@
-"""What a program does with a tile: where its elements and parameters lie, its columns' moments, and their lines.
+"""What a program knows of a tile: where its elements and parameters lie, its columns' moments, and their lines.
 
 A tile has three dimensions (R, K, S): reduced, kept and reduced positions (r, k, s) of one outermost kept position a,
 as csrc/call.h has them. The element lies at ((a * r0 + r) * k1 + k) * r1 + s, and every k is a column. All sums are of
@@ -19,7 +19,6 @@ import triton
 from triton import language as tl
 
 STANDARDIZE, L2 = tl.constexpr(0), tl.constexpr(2)  # in the order of csrc/call.h
-RELU, SILU, GELU = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 # The rows of a column's numbers; a part of a column has no inverse.
 SCALE, HIGH, LOW, SQUARES, COUNT, INVERSE = (tl.constexpr(row) for row in range(6))
@@ -315,68 +314,3 @@ def joined(scale, high, low, squares, count):
     squares = tl.sum(tl.where(there, squares + left * left * count, 0.0), 2, keep_dims=True)
     joined_high = about + mean
     return common, joined_high, (about - joined_high) + mean, squares, total
-
-
-# --- elements ---------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def values_of(x, scale, high, low, inverse):
-    """The normalized values."""
-    return ((x * scale - high) - low) * inverse
-
-
-@triton.jit
-def activated(z, ACTIVATION: tl.constexpr):
-    """The activation of recovered values."""
-    if ACTIVATION == RELU:
-        z = tl.where(z < 0, 0.0, z)
-    elif ACTIVATION == SILU:
-        z = z * tl.sigmoid(z)
-    elif ACTIVATION == GELU:
-        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    return z
-
-
-@triton.jit
-def through_statistics(v, total, along, count, NORMALIZER: tl.constexpr):
-    """The part of the gradient of values that would only move the statistics, from its sums, alone and times v."""
-    if NORMALIZER == L2:
-        return v * along
-    if NORMALIZER == STANDARDIZE:
-        return v * (along / count) + total / count
-    return v * (along / count)
-
-
-@triton.jit
-def through_activation(d_y, z, ACTIVATION: tl.constexpr):
-    """The gradient of recovered values, from that of the activation's."""
-    if ACTIVATION == RELU:
-        d_y = tl.where(z > 0, d_y, 0.0)
-    elif ACTIVATION == SILU:
-        sigmoid = tl.sigmoid(z)
-        d_y = d_y * sigmoid * (1.0 + z * (1.0 - sigmoid))
-    elif ACTIVATION == GELU:
-        phi = 0.3989422804014327 * tl.exp(-0.5 * z * z)
-        d_y = d_y * (0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * phi)
-    return d_y
-
-
-@triton.jit
-def recovered_gradient(t, at, inside, here, line, w, b, ACTIVATION: tl.constexpr):
-    """A tile's values, and the gradient of what the recovery makes of them; 0 where nothing counts."""
-    scale, high, low, inverse = line
-    x = tl.load(t.x + at, mask=here, other=0.0).to(tl.float32)
-    v = tl.where(inside, values_of(x, scale, high, low, inverse), 0.0)
-    d_y = counting(t.mask, tl.load(t.d_y + at, mask=here, other=0.0).to(tl.float32), inside)
-    return v, through_activation(d_y, v * w + b, ACTIVATION)
-
-
-@triton.jit
-def store_gradient(t, at, d, line, inside, here):
-    """From the gradient of values to that of x, with what comes through the sum with a residual."""
-    scale, _, _, inverse = line
-    d = tl.where(inside, d * (inverse * scale), 0.0)
-    if t.d_total is not None:
-        d += tl.load(t.d_total + at, mask=here, other=0.0).to(tl.float32)
-    tl.store(t.d_x + at, d.to(t.d_x.dtype.element_ty), mask=here)
