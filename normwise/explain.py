@@ -175,25 +175,17 @@ def _uses(spec: NormSpec, plan: Plan) -> tuple[Use | None, Use | None]:
 
 def _choice(spec: NormSpec, plan: Plan, x: Tensor, use: Use | None) -> Choice:
     """What computes a plain call with this input."""
-    if type(x) not in (Tensor, Parameter):
-        return plainly(f"no kernel knows the tensor class {type(x).__name__}")
     if x.numel() == 0:
         return plainly("there is nothing to compute")
-    device = next(iter(compiled()), "cpu") if x.is_meta else x.device.type
-    choice = choose(
-        plan,
-        x.stride(),
-        x.dtype,
-        device,
-        spec.normalizer,
-        spec.recovery,
-        spec.parameter_over,
-        use,
-        request=requested(),
-        compiled=compiled(),
-    )
+    if type(x) in (Tensor, Parameter):
+        device = next(iter(compiled()), "cpu") if x.is_meta else x.device.type
+        declared = spec.normalizer, spec.recovery, spec.parameter_over
+        choice = choose(plan, x.stride(), x.dtype, device, *declared, use, request=requested(), compiled=compiled())
+    else:
+        choice = plainly(f"no kernel knows the tensor class {type(x).__name__}")
     if requested() in ("cpu", "triton") and choice.geometry is None:
-        return Choice("none", f"NORMWISE_BACKEND={requested()} asks for its kernels, and none takes this call")
+        reason = f"NORMWISE_BACKEND={requested()} asks for its kernels, and none takes this call"
+        return Choice("none", f"{reason}, because {choice.refusal}")
     return choice
 
 

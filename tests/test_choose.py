@@ -128,6 +128,11 @@ def test_the_number_of_columns_decides_nothing(text: str, rows: int, length: int
     ("layer", "shape", "done"),
     [
         (nw.LayerNorm(4096), (8, 4096), "columns of 16.4 kB in one run: held by one program, read once"),
+        (
+            nw.LayerNorm(8192),
+            (8, 8192),
+            "columns of 32.8 kB in one run: held by one program, read once, in the backward in 2 parts",
+        ),
         (nw.LayerNorm(64), (8, 64), "columns of 256 bytes in one run: held 16 at a time by one program, read once"),
         (
             nw.BatchNorm(64),

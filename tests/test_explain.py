@@ -264,5 +264,7 @@ def test_a_backend_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("normwise.explain.requested", lambda: "cpu")
     explained = nw.LayerNorm(6).explain(torch.zeros(4, 6, dtype=torch.float64))
     assert explained.kernel == "none"
-    assert explained.reason == "NORMWISE_BACKEND=cpu asks for its kernels, and none takes this call"
+    assert explained.reason == (
+        "NORMWISE_BACKEND=cpu asks for its kernels, and none takes this call, because no kernel computes in float64"
+    )
     assert not explained.compiled

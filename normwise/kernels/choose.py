@@ -28,11 +28,15 @@ _WRITTEN_IN = {"cpu": "C++", "triton": "Triton"}
 
 
 class Choice(NamedTuple):
-    """A kernel's name, why it is taken, and what it sees of the tensor; no geometry: the definition runs."""
+    """A kernel's name, why it is taken, and what it sees of the tensor; no geometry: the definition runs.
+
+    `refusal` is why no compiled kernel takes the call.
+    """
 
     kernel: str
     reason: str
     geometry: Geometry | None = None
+    refusal: str = ""
 
 
 def choose(
@@ -82,7 +86,7 @@ def is_operator(choice: Choice, elements: int, use: Use | None) -> bool:
 
 def plainly(reason: str) -> Choice:
     """The definition, because of something that no kernel takes."""
-    return Choice("reference", f"plain torch operations, because {reason}")
+    return Choice("reference", f"plain torch operations, because {reason}", refusal=reason)
 
 
 def _columns(geometry: Geometry, dtype: torch.dtype) -> str:
@@ -101,11 +105,12 @@ def _on_cpu(_: Geometry) -> str:
 def _on_gpu(geometry: Geometry) -> str:
     """Whether a program holds whole columns, and otherwise in how many parts they are measured."""
     _, r0, _, r1 = view_of(geometry).sizes
-    layout = layout_of(r0, r1, backward=False)
-    if layout.is_resident:
-        beside = f"{layout.tile.k} at a time " if layout.tile.k > 1 else ""
-        return f"held {beside}by one program, read once"
-    return f"measured in {layout.parts} parts, then normalized from the cache"
+    forward, backward = (layout_of(r0, r1, backward=is_backward) for is_backward in (False, True))
+    if not forward.is_resident:
+        return f"measured in {forward.parts} parts, then normalized from the cache"
+    beside = f"{forward.tile.k} at a time " if forward.tile.k > 1 else ""
+    divided = "" if backward.is_resident else f", in the backward in {backward.parts} parts"
+    return f"held {beside}by one program, read once{divided}"
 
 
 _DONE: dict[str, Callable[[Geometry], str]] = {"cpu": _on_cpu, "triton": _on_gpu}
