@@ -45,6 +45,13 @@ def _names() -> dict[str, Any]:
 _COVERED = 2
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let `no_cover` stop all that measures: a worker of pytest-xdist begins twice, and stops the second only."""
+    plugin = config.pluginmanager.getplugin("_cov")
+    if plugin is not None and hasattr(config, "workerinput"):
+        plugin.cov_controller.pause()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Coverage is taken of a test's first cases: the others run other numbers through the same lines, faster unseen."""
     cases: Counter[str] = Counter()

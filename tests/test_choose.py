@@ -79,7 +79,7 @@ def test_what_is_compiled(text: str, recovery: Recovery | None, normalizer: Norm
 )
 def test_what_is_left_to_torchs_operators(options: dict[str, object], reason: str) -> None:
     found = chosen(**options)  # type: ignore[arg-type]
-    assert found == Choice("reference", f"plain torch operations, because {reason}")
+    assert found == Choice("reference", f"plain torch operations, because {reason}", refusal=reason)
 
 
 @pytest.mark.parametrize("part", [{"normalizer": Own()}, {"recovery": OwnScale("d")}], ids=repr)

@@ -19,7 +19,7 @@ OPTIONAL = (
     "sqlalchemy",
     "typer",
 )
-MOST_MILLISECONDS = 100
+MOST_ADDED = 0.1  # 80 ms where torch takes a second
 
 
 def run(code: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -44,15 +44,15 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
-def test_import_adds_less_than_a_tenth_of_a_second_to_torchs() -> None:
-    assert any(_added_milliseconds() < MOST_MILLISECONDS for _ in range(3))  # other processes only ever add
+def test_import_adds_less_than_a_tenth_to_torchs() -> None:
+    assert any(_added() < MOST_ADDED for _ in range(3))  # other processes disturb one of the two
 
 
-def _added_milliseconds() -> float:
-    """The cumulative time of `import normwise` after `import torch`, by the interpreter's own clock."""
+def _added() -> float:
+    """The time of `import normwise` as a part of that of `import torch` before it, by the interpreter's own clock."""
     lines = run("import torch; import normwise", "-X", "importtime").stderr.splitlines()
-    (line,) = [line for line in lines if re.search(r"\| normwise$", line)]
-    return int(line.split("|")[1]) / 1000
+    (torchs,), (ours,) = ([line for line in lines if re.search(rf"\| {name}$", line)] for name in ("torch", "normwise"))
+    return int(ours.split("|")[1]) / int(torchs.split("|")[1])
 
 
 def test_import_loads_no_optional_package() -> None:

@@ -99,7 +99,7 @@ DECLARATIONS: dict[str, Message] = {
         PatternError,
         (
             "recover=Affine(over='c') is neither an option of Norm "
-            "(pattern, normalizer, recovery, memory, activation, sizes, device, dtype) nor the size of an axis",
+            "(pattern, normalizer, recovery, memory, activation, gate, sizes, device, dtype) nor the size of an axis",
         ),
     ),
     "a size given twice": (
