@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import normwise as nw
 from normwise.errors import StudyError
 from normwise.tuning.data import Data, Split
 from normwise.tuning.models import Architecture
@@ -95,6 +96,14 @@ def test_non_finite_at_the_end_is_diverged() -> None:
     assert record.score is record.val_loss is record.weight_norm is record.tail_loss is None
     assert record.first_loss is not None
     assert 1 < len(record.curve) < 40
+
+
+def test_a_layer_does_not_warn_of_what_the_record_tells() -> None:
+    """In tests a warning is an error."""
+    mine = replace(problem(), choices={"none": NormChoice("none", "batch")})
+    assert run(mine, replace(REQUEST, lr=1e38)).outcome == "diverged"
+    with pytest.warns(UserWarning, match="statistics are not finite"):
+        nw.BatchNorm(2)(torch.full((4, 2), torch.nan))
 
 
 def test_a_spike_that_recovers_is_not_divergence() -> None:

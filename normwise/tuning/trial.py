@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,12 +82,21 @@ def run(problem: Problem, request: Request) -> Record:
     Raises StudyError when the user's code raises anything, unless it is their own loop and has diverged.
     """
     started = time.perf_counter()
-    with redirect_stdout(sys.stderr), seeded(request.seed), blame(f"trial ({describe(request)}) raised"):
+    where = f"trial ({describe(request)}) raised"
+    with redirect_stdout(sys.stderr), seeded(request.seed), _divergence_is_recorded(), blame(where):
         fixed = replace(problem, settings=problem.settings.at(request.variant))
         kept = Kept(fixed.choices[request.norm])
         model = build(fixed, kept)
         record = _own_loop(fixed, request, model) if fixed.data is None else _built_in(fixed, request, model, kept)
     return replace(record, seconds=time.perf_counter() - started)
+
+
+@contextmanager
+def _divergence_is_recorded() -> Iterator[None]:
+    """A study goes to rates at which training ends in what is not finite: the record tells, and no layer need warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*: the batch's statistics are not finite", UserWarning)
+        yield
 
 
 def build(problem: Problem, norm: NormFactory) -> nn.Module:
