@@ -186,6 +186,8 @@ def _choice(spec: NormSpec, plan: Plan, x: Tensor, use: Use | None) -> Choice:
     if requested() in ("cpu", "triton") and choice.geometry is None:
         reason = f"NORMWISE_BACKEND={requested()} asks for its kernels, and none takes this call"
         return Choice("none", f"{reason}, because {choice.refusal}")
+    if spec.gate is not None and choice.kernel == "cpu":
+        return choice._replace(reason=f"{choice.reason}; times the gate by torch's operations")
     return choice
 
 
