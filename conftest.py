@@ -48,7 +48,7 @@ _COVERED = 2
 def pytest_configure(config: pytest.Config) -> None:
     """Let `no_cover` stop all that measures: a worker of pytest-xdist begins twice, and stops the second only."""
     plugin = config.pluginmanager.getplugin("_cov")
-    if plugin is not None and hasattr(config, "workerinput"):
+    if plugin is not None and plugin.cov_controller is not None and hasattr(config, "workerinput"):
         plugin.cov_controller.pause()
 
 

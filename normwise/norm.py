@@ -241,6 +241,8 @@ class Norm(Remembering):
         if not isinstance(gate, Tensor) or not gate.is_floating_point():
             found = gate.dtype if isinstance(gate, Tensor) else type(gate).__name__
             raise GateError(f"the gate is {found}, not a tensor of floating point")
+        if gate.layout is not _STRIDED:
+            raise GateError(f"the gate has layout {gate.layout}, not torch.strided")
         if gate.shape != x.shape:
             raise ShapeError(f"the gate has shape {tuple(gate.shape)}, the input {tuple(x.shape)}")
         if gate.device != x.device:

@@ -1,4 +1,4 @@
-"""What a layer may do after its recovery, in the same pass: apply an activation, multiply by a function of a gate.
+"""What a layer may do after its recovery: apply an activation, multiply by a function of a gate.
 
 =========  ===================  ==========================================
 name       f(x)                 f'(x)

@@ -151,7 +151,7 @@ class Remembering(Stateful):
             reads_what_moves = memory.renorm is not None or (memory.updates and falls_back(memory))
             if reads_what_moves or memory.elastic is not None or memory.ghost is not None:
                 return None
-        steps = Steps(plan, spec.normalizer, spec.recovery, activation=spec.activation, gate=spec.gate)
+        steps = Steps(plan, spec.normalizer, spec.recovery, activation=spec.activation)
         return ready_for(x, steps, spec.parameter_over, use, None if memory is None else spec.memory_over)
 
     def _remember_shortly(self, ready: Ready, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:

@@ -38,7 +38,11 @@ def recomputing() -> bool:
 def derivatives(
     definition: Callable[..., Any], inputs: Sequence[Any], d_outputs: Sequence[Tensor], wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Differentiable gradients: those that autograd makes of a definition, for the inputs that want one."""
+    """Differentiable gradients: those that autograd makes of a definition, for the inputs that want one.
+
+    One input may have been computed from another, a way on which autograd goes by itself: here each stands alone.
+    """
+    inputs = [x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs]
     outputs = definition(*inputs)
     chosen = [x for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
     found = iter(torch.autograd.grad(outputs, chosen, d_outputs, create_graph=True))

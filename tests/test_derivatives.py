@@ -19,7 +19,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from normwise import RMS, Affine, Frozen, Moving, Norm, Renorm, Scale
 from tests.catalogue import CASES, REMEMBERING, Case, randomize
-from tests.tolerances import DOUBLE, check
+from tests.tolerances import DOUBLE, GRADIENTS, check
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_small_case = pytest.mark.parametrize("case", [c for c in CASES if math.prod(c.shape) <= 120], ids=str)
@@ -317,3 +317,40 @@ def test_many_cotangents_at_once(case: Case, training: bool) -> None:
     for place, cotangent in enumerate(cotangents):
         for one, wants in zip(mapped, torch.autograd.grad(y, inputs, cotangent, retain_graph=True), strict=True):
             check(one[place], wants, DOUBLE)
+
+
+CONNECTED: dict[str, Callable[[Callable[..., Tensor], Tensor], Tensor]] = {
+    "twice": lambda norm, x: norm(norm(x).sin()),
+    "residual": lambda norm, x: norm(x.sin(), residual=x)[0],
+    "by its own gate": lambda norm, x: norm(x, gate=x),
+    "by a gate before it": lambda norm, x: norm(x.sin(), gate=x),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CONNECTED)
+def test_inputs_that_are_computed_from_each_other(name: str, dtype: torch.dtype) -> None:
+    """Differentiable gradients, and those over many cotangents, go each way once."""
+    gate = "silu" if "gate" in name else None
+    layer = Norm("n [d]", recovery=Affine("d"), gate=gate, d=8)  # type: ignore[arg-type]
+    randomize(layer)
+
+    def by_hand(x: Tensor, residual: Tensor | None = None, gate: Tensor | None = None) -> Any:
+        total = x if residual is None else x + residual
+        y = nn.functional.layer_norm(total, (8,), layer.weight.double(), layer.bias.double())
+        y = y if gate is None else y * nn.functional.silu(gate)
+        return y if residual is None else (y, total)
+
+    def found(norm: Callable[..., Any], of: torch.dtype) -> list[Tensor]:
+        torch.manual_seed(1)
+        x = double(5, 8).to(of).requires_grad_()
+        dy, ddx, many = (double(*shape).to(of) for shape in ((5, 8), (5, 8), (3, 5, 8)))
+        inputs = [x, *layer.parameters()]
+        y = CONNECTED[name](norm, x)
+        first = torch.autograd.grad(y, inputs, dy, create_graph=True)
+        mapped = torch.autograd.grad(y, inputs, many, retain_graph=True, is_grads_batched=True)
+        return [*first, *torch.autograd.grad(first[0], inputs, ddx, materialize_grads=True), *mapped]
+
+    layer.to(dtype)
+    for one, wants in zip(found(layer, dtype), found(by_hand, torch.float64), strict=True):
+        check(one.double(), wants.double(), GRADIENTS if dtype is torch.float32 else DOUBLE)

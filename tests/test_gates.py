@@ -221,6 +221,11 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         nw.GateError,
         "the gate is torch.int64, not a tensor of floating point",
     ),
+    "layout": (
+        lambda: nw.RMSNorm(8, gate="silu")(torch.ones(2, 8), gate=torch.ones(2, 8).to_sparse()),
+        nw.GateError,
+        "the gate has layout torch.sparse_coo, not torch.strided",
+    ),
     "shape": (
         lambda: nw.RMSNorm(8, gate="silu")(torch.ones(2, 8), gate=torch.ones(8)),
         nw.ShapeError,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normwise as nw
+from normwise.diagnose.checks.case import Case
+from normwise.diagnose.checks.samples import _synchronized
 from tests.test_swap import quietly, refusal
 from tests.tolerances import VALUES, check
 
@@ -49,9 +52,11 @@ def test_a_function_may_choose_another() -> None:
     ("to", "made"), [(lambda old: nn.LayerNorm(8), "LayerNorm"), ("none", "Identity")], ids=["torch's", "none"]
 )
 def test_swapping_for_what_takes_no_gate_is_refused(to: Any, made: str) -> None:
-    model = Mixer(nw.BatchNorm(8, gate="silu"))
+    model = Mixer(nw.BatchNorm(8, activation="relu", gate="silu"))
     old = model.norm
-    assert refusal(model, "batch", to) == f"norm: {made} takes no gate, and the calls of the layer bring one"
+    assert refusal(model, "batch", to) == (
+        f"norm: the calls of the layer bring a gate, and {made} is no layer of normwise's"
+    )
     assert model.norm is old
 
 
@@ -94,3 +99,14 @@ def test_a_recalibrated_memory_is_that_of_what_was_normalized() -> None:
     model.eval()
     expected = F.batch_norm(seen, model.norm.running_mean, model.norm.running_var) * F.silu(model.second(x))
     check(model(x), model.last(expected), VALUES)
+
+
+def test_the_doctor_puts_no_activation_behind_a_gate_and_says_that_torchs_layer_takes_none() -> None:
+    """A fix that did so would give a model whose calls fail."""
+    model = Mixer(nw.BatchNorm(8, activation="relu", gate="silu"))
+    case = cast("Case", SimpleNamespace(model=model))
+    assert cast("property", Case.activated).fget(case) == {}  # type: ignore[misc]
+    case.activated = {}  # type: ignore[misc]
+    first, second = _synchronized(case).splitlines()
+    assert first == "# first multiply by the gates of ['norm'] yourself, since torch's layer takes none"
+    assert second.startswith("model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)")

@@ -18,7 +18,7 @@ from normwise.kernels.reference import Result, Steps, Use, placed
 from normwise.kernels.short import Ready
 from normwise.kernels.short_cpu import MOST_COLUMNS, CpuReady
 from normwise.plan import Over, Plan, becomes_contiguous
-from normwise.transforms import being_traced
+from normwise.transforms import being_traced, is_wrapped
 
 
 def run(
@@ -66,7 +66,7 @@ def run(
     x = as_read(x, x)
     residual = None if residual is None else as_read(residual, x)
     given = Given(residual is not None, steps.valid, steps.recalled, remembers)
-    if gate is not None and kernel.multiplies and type(gate) in PLAIN:
+    if gate is not None and kernel.multiplies and type(gate) in PLAIN and not is_wrapped(gate):
         given, gate = given._replace(gate=lying(gate, x.stride(), gate.dtype)), None
     output, total, moments = normalize_with(kernel, given, x, residual, weight, bias)  # type: ignore[assignment]
     return _multiplied(Result(output, moments, None), gate, steps), total

@@ -222,9 +222,9 @@ def _to_rms(norm: Subject, stream: Stream, edits: Edits) -> Line:
 
 
 def as_rms(layer: Any, converted: Norm) -> nn.Module:
-    """The RMS norm with the same eps, gain and activation: torch's for one of torch's, where there is one."""
+    """The RMS norm with the same eps, gain, activation and gate: torch's for one of torch's, where there is one."""
     options: dict[str, Any] = {"eps": converted.spec.normalizer.eps, "device": "meta"}  # type: ignore[attr-defined]
-    options["activation"] = converted.spec.activation
+    options["activation"], options["gate"] = converted.spec.activation, converted.spec.gate
     options["elementwise_affine"] = layer._parameters.get("weight") is not None
     if isinstance(converted, LayerNorm2d):
         new: nn.Module = RMSNorm2d(converted.normalized_shape[0], **options)

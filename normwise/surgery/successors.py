@@ -69,7 +69,7 @@ class Successors:
         if not memory:
             self._anew.append((old, new))
         kept = _keep(old, new, kind, memory=memory) if self._keeps_values else "it starts anew"
-        new = _with_gate(_with_activation(new, old, kind), kind)
+        new = _with_activation(_with_gate(new, kind), old, kind)
         _inherit(old, new)
         return Decision(new, kept)
 
@@ -130,7 +130,7 @@ def _with_gate(new: nn.Module, kind: Kind) -> nn.Module:
     if gate is None:
         return new
     if not isinstance(new, Norm):
-        raise SurgeryError(f"{type(new).__name__} takes no gate, and the calls of the layer bring one")
+        raise SurgeryError(f"the calls of the layer bring a gate, and {type(new).__name__} is no layer of normwise's")
     new.spec = replace(new.spec, gate=new.spec.gate or gate)
     return new
 

@@ -214,8 +214,12 @@ class Case:
 
     @property
     def activated(self) -> dict[str, str]:
-        """The normalizations of ours that apply an activation, by path, and torch's layer that does it, in Python."""
-        declared = {path: m.spec.activation for path, m in self.model.named_modules() if isinstance(m, Norm)}
+        """The normalizations of ours that apply an activation, by path, and torch's layer that does it, in Python.
+
+        Not those that multiply by a gate as well: what is applied before that cannot stand behind them.
+        """
+        norms = {path: m.spec for path, m in self.model.named_modules() if isinstance(m, Norm)}
+        declared = {path: spec.activation for path, spec in norms.items() if spec.gate is None}
         return {path: f"torch.nn.{FUNCTIONS[name].layer.__name__}()" for path, name in declared.items() if name}
 
     def swapped(self, kind: str, to: str, paths: list[str]) -> str:

@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from normwise.batches import rows_of
-from normwise.diagnose.checks.case import Case, Layer, Unchecked, split
+from normwise.diagnose.checks.case import Case, Layer, Unchecked, paths_code, split
 from normwise.diagnose.findings import Finding, Harm
+from normwise.layers import BatchNorm
 from normwise.normalizers import Standardize
 
 ENOUGH = 16  # of a batch: the noise of a variance is then sqrt(2 / 15) = 37 %; an MLP lost 1.7 points with 8
@@ -189,10 +190,13 @@ def unsynchronized(case: Case) -> Iterator[Finding]:
 
 
 def _synchronized(case: Case) -> str:
-    """torch's conversion, which replaces layers by their class: what else they apply has to leave them first."""
+    """torch's conversion, which replaces layers by their class: what else they do has to leave them first."""
     fix = "model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # on GPUs, before it is wrapped"
     modules, known = dict(case.model.named_modules()), case.activated.items()
     lost = {path: layer for path, layer in known if isinstance(modules[path], nn.modules.batchnorm._BatchNorm)}
+    gated = [path for path, module in modules.items() if isinstance(module, BatchNorm) and module.spec.gate]
+    if gated:
+        fix = f"# first multiply by the gates of {paths_code(gated)} yourself, since torch's layer takes none\n{fix}"
     return f"{split(lost)}\n{fix}" if lost else fix
 
 

@@ -42,7 +42,7 @@ from normwise.moments import Moments
 from normwise.plan import Over
 from normwise.pointwise import OF_GATES
 
-_NAMED = (None, *OF_GATES)  # functions, in the order of tile.py
+_NAMED = (None, *OF_GATES)  # functions, in the order of elements.py
 _INTERPRETED = Device(processors=2, cache=2**16)  # as small as the tensors that one interprets kernels on
 ROWS, _ROWS_OF_PARTS = 6, 5  # of a column's numbers
 

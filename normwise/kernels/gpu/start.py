@@ -1,7 +1,8 @@
 """Starting a kernel: by Triton the first time, and from then on as it was compiled.
 
 At each call Triton looks at every argument to find what it has compiled for such ones, which takes longer than the rest
-of a launch. A caller knows what can differ between two of its calls, and keeps what was compiled by that.
+of a launch. A caller knows what can differ between two of its calls, and keeps what was compiled by that; its options,
+as the number of warps, never do. Triton's own switches for how a kernel is compiled count until its first start.
 """
 
 from __future__ import annotations
