@@ -42,7 +42,7 @@ def start(
         x: A tensor on the device.
         **options: Triton's own, as `num_warps`.
     """
-    key = kernel, x.get_device(), known_by
+    key = id(kernel), x.get_device(), known_by  # Triton hashes a kernel's source, and locks it to do so
     with _current(x):
         found = started.get(key)
         if found is not None:
