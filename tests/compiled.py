@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -37,7 +36,6 @@ TAILS = (1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 511, 512, 513, 10
 EPS = 0.01
 NEAR_A_KINK = 1e-3  # where two right results may disagree on the side of it
 LARGEST = 30_000  # elements of a drawn tensor
-_M_PERTURB = -6  # glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -383,18 +381,6 @@ def _tensors(given: Numbers) -> list[Tensor]:
 
 def _copied(given: Numbers) -> list[Tensor]:
     return [tensor.clone().nan_to_num(nan=7.5) for tensor in _tensors(given)]
-
-
-def poison() -> Iterator[None]:
-    """Fresh memory is NaN, torch's, and nothing like a sensible number, the kernels' own."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    perturb = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # glibc's
-    perturb(_M_PERTURB, 0x81)
-    yield
-    perturb(_M_PERTURB, 0)
-    torch.use_deterministic_algorithms(False)
 
 
 def identity(x: Tensor, weight: float, *, lanes: bool) -> Tensor:

@@ -30,7 +30,8 @@ from normwise.kernels import launch, prepare
 from normwise.kernels import run as running
 from normwise.kernels.gpu import kernel as kernels
 from normwise.kernels.launch import LIMITS, Layout, Limits, grid_of, layout_of, view_of
-from tests.compiled import Call, poison
+from tests.compiled import Call
+from tests.poisoned import poison
 
 needs_interpreter = pytest.mark.skipif(not knobs.runtime.interpret, reason="Triton compiles for a GPU in this process")
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import normwise as nw
 from normwise.kernels.backends import extension
-from tests.compiled import INSTRUCTION_SETS, instruction_set, needs_kernels, poison
+from tests.compiled import INSTRUCTION_SETS, instruction_set, needs_kernels
+from tests.poisoned import poison
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which pages are there")
 pytestmark = [needs_kernels, on_linux]

@@ -28,8 +28,8 @@ from tests.compiled import (
     needs_kernels,
     numbers,
     plain,
-    poison,
 )
+from tests.poisoned import poison
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("_poison")]
 _poison = pytest.fixture(poison)
